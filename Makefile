@@ -1,0 +1,50 @@
+# Every target makes the virtual environment it needs. PYTHON=python3.12 make ... takes another interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-all check format bench docs clean
+
+demo: $(VENV)/base.stamp  ## corpus, teacher and five students on this machine; opens no connection
+	$(BIN)/python -m tailkd demo
+
+test: $(VENV)/dev.stamp  ## the tests that every change must pass
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/all.stamp  ## those, the slow ones, and those of every extra
+	$(BIN)/python -m pytest
+
+check: $(VENV)/dev.stamp  ## formatting, lint, types, the direction of imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/bench.stamp  ## measured rows into benchmarks/results
+	$(BIN)/python benchmarks/startup.py
+
+docs: $(VENV)/docs.stamp  ## HTML in docs/_build
+	$(BIN)/sphinx-build -q -W -b html docs docs/_build
+
+clean:
+	rm -rf $(VENV) docs/_build runs
+
+$(VENV)/base.stamp: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e .
+	touch $@
+
+$(VENV)/%.stamp: $(VENV)/base.stamp
+	$(INSTALL) -e '.[$(EXTRAS_$*)]'
+	touch $@
+
+EXTRAS_dev := dev
+EXTRAS_all := dev,eval,gguf,lora,track,bench,docs
+EXTRAS_bench := dev,bench
+EXTRAS_docs := docs
+.PRECIOUS: $(VENV)/%.stamp

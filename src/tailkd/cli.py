@@ -1,0 +1,150 @@
+"""The verbs, nothing else. A verb reads its arguments, checks the recipe, and only then loads what it needs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tailkd.errors import Refusal
+
+app = typer.Typer(
+    help="Distil causal language models without ignoring the tail of the teacher's distribution.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value ...]", help="Dotted keys, such as training.seed=4.")
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Drop what the run folder holds and start anew.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Entry point of `tailkd` and `python -m tailkd`."""
+    with _refusals():
+        app()
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except Refusal as refusal:
+        print(f"tailkd: {refusal}", file=sys.stderr)
+        sys.exit(refusal.exit_code)
+
+
+def _quiet() -> None:
+    """No progress bars of transformers between our own lines."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from tailkd import __version__
+
+        print(f"tailkd {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the demo's runs.")] = Path("runs/demo"), fresh: Fresh = False
+) -> None:
+    """Corpus, teacher and five students made on this machine, without network; a report at the end."""
+    from tailkd import demo as offline
+    from tailkd.report.table import print_table
+
+    _quiet()
+    runs, page = offline.run(out, fresh=fresh)
+    print_table(runs)
+    print(f"report: {page}")
+
+
+@app.command()
+def distill(recipe: RecipePath, overrides: Overrides = None, fresh: Fresh = False) -> None:
+    """Train a student by a recipe and measure it; the same command goes on with an interrupted run."""
+    from tailkd import recipe_file
+
+    checked = recipe_file.read(recipe, recipe_file.parse_overrides(overrides or []))
+    from tailkd import run as way
+    from tailkd.report.table import print_table
+
+    _quiet()
+    finished = way.distill(checked, fresh=fresh)
+    print_table([finished])
+    print(f"report: {finished.folder / 'report.html'}")
+
+
+@app.command()
+def evaluate(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")], json_: Json = False) -> None:
+    """Measure a run's student again on the held-out rows."""
+    from tailkd import run as way
+    from tailkd.report.record import Run
+    from tailkd.report.table import as_json, print_table
+
+    _quiet()
+    measured = way.evaluate(Run(run), lambda message: print(message, file=sys.stderr))
+    print(json.dumps(as_json([measured]), indent=1)) if json_ else print_table([measured])
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    json_: Json = False,
+    out: Annotated[Path | None, typer.Option(help="The page; default report.html in the (first) run folder.")] = None,
+) -> None:
+    """Table and HTML page of finished runs."""
+    from tailkd.report.page import write_page
+    from tailkd.report.record import Run
+    from tailkd.report.table import as_json, print_table
+
+    opened = [Run(folder) for folder in runs]
+    page = write_page(opened, out or runs[0] / "report.html")
+    if json_:
+        print(json.dumps(as_json(opened), indent=1))
+        return
+    print_table(opened)
+    print(f"report: {page}")
+
+
+@app.command()
+def check(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) -> None:
+    """What would break a run, before it: recipe, vocabulary, a sample of the corpus."""
+    from tailkd import recipe_file
+
+    checked = recipe_file.read(recipe, recipe_file.parse_overrides(overrides or []))
+    from tailkd import run as way
+
+    found = way.check(checked)
+    if json_:
+        print(json.dumps(found, indent=1))
+        return
+    for key, value in found.items():
+        print(f"{key.replace('_', ' '):>18}  {value}")
+
+
+@app.command()
+def doctor() -> None:
+    """Whether this machine can run tailkd: versions, device, memory, disk."""
+    from tailkd.doctor import examine
+
+    findings = examine()
+    for finding in findings:
+        remedy = "" if finding.good else f"  -> {finding.remedy}"
+        print(f"{'ok ' if finding.good else 'BAD'}  {finding.what}: {finding.found}{remedy}")
+    raise typer.Exit(0 if all(f.good for f in findings) else 2)

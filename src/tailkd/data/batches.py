@@ -1,0 +1,122 @@
+"""Rows -> batches, in an order that is a pure function of (seed, global sample index)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tailkd.data.packing import IGNORED, Row, Rows
+
+_GOLDEN, _MIX1, _MIX2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
+
+def _mixed(values: np.ndarray, key: int) -> np.ndarray:
+    """splitmix64 of each value under a key."""
+    with np.errstate(over="ignore"):
+        x = (values ^ np.uint64(key & (2**64 - 1))) + _GOLDEN
+        x = (x ^ (x >> np.uint64(30))) * _MIX1
+        x = (x ^ (x >> np.uint64(27))) * _MIX2
+        return x ^ (x >> np.uint64(31))
+
+
+def permuted(index: int, size: int, key: int) -> int:
+    """Where a fixed permutation of range(size) sends `index`: four Feistel rounds, walked until inside the range."""
+    half = max(1, -(-max(size - 1, 1).bit_length() // 2))
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for number in range(4):
+            mixed = int(_mixed(np.asarray([right], dtype=np.uint64), key * 4 + number)[0])
+            left, right = right, left ^ (mixed & mask)
+        index = (left << half) | right
+        if index < size:
+            return index
+
+
+def row_of(sample: int, rows: int, seed: int) -> int:
+    """The row that global sample number `sample` shows: every epoch is another permutation of all rows."""
+    epoch, position = divmod(sample, rows)
+    return permuted(position, rows, int(_mixed(np.asarray([seed], dtype=np.uint64), epoch)[0]))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as tensors (batch, context), with what the host knows about them.
+
+    valid: int64 positions with a label, counted over the flattened batch, kept on the host.
+    row_borders: where each row begins among `valid` (batch + 1 numbers).
+    segment_borders: where each (row, document) run begins among `valid`, and the end.
+    count: number of valid positions. samples: global sample numbers.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    segments: Tensor
+    valid: Tensor
+    row_borders: tuple[int, ...]
+    segment_borders: tuple[int, ...]
+    count: int
+    samples: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def micro_batches(self, size: int) -> Iterator[Batch]:
+        """The same rows in order, `size` at a time."""
+        for start in range(0, len(self), size):
+            part = slice(start, start + size)
+            yield _batch(self.input_ids[part], self.labels[part], self.segments[part], self.samples[part])
+
+    def to(self, device: torch.device) -> Batch:
+        input_ids, labels, segments = (
+            t.to(device, non_blocking=True) for t in (self.input_ids, self.labels, self.segments)
+        )
+        return replace(self, input_ids=input_ids, labels=labels, segments=segments)
+
+
+def collate(rows: Sequence[Row], samples: Sequence[int]) -> Batch:
+    """Rows as one batch."""
+
+    def stacked(parts: Iterable[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(list(parts)))
+
+    return _batch(
+        stacked(row.input_ids for row in rows),
+        stacked(row.labels for row in rows),
+        stacked(row.segments for row in rows),
+        tuple(samples),
+    )
+
+
+def _batch(input_ids: Tensor, labels: Tensor, segments: Tensor, samples: tuple[int, ...]) -> Batch:
+    valid = (labels.flatten() != IGNORED).nonzero().squeeze(-1)
+    context = labels.shape[1]
+    row_borders = torch.searchsorted(valid, torch.arange(len(labels) + 1) * context)
+    places = (valid // context) * context + segments.flatten()[valid]  # a number per (row, document)
+    new = torch.ones_like(places, dtype=torch.bool)
+    new[1:] = places[1:] != places[:-1]
+    borders = (*new.nonzero().squeeze(-1).tolist(), len(valid))
+    return Batch(input_ids, labels, segments, valid, tuple(row_borders.tolist()), borders, len(valid), samples)
+
+
+class Batches:
+    """Global batches by step number: ``batches[step]`` shows samples step * size to (step + 1) * size - 1."""
+
+    def __init__(self, rows: Rows, *, batch_size: int, seed: int) -> None:
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+
+    def __getitem__(self, step: int) -> Batch:
+        samples = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return collate([self.rows[row_of(s, len(self.rows), self.seed)] for s in samples], samples)
+
+
+def evaluation_batches(rows: Rows, *, tokens: int | None, batch_size: int) -> Iterator[Batch]:
+    """Rows for evaluation, in a fixed order spread over the run, until `tokens` positions are covered."""
+    count = len(rows) if tokens is None else min(len(rows), -(-tokens // rows.context))
+    for start in range(0, count, batch_size):
+        samples = range(start, min(start + batch_size, count))
+        yield collate([rows[row_of(s, len(rows), 0)] for s in samples], samples)

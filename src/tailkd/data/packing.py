@@ -1,0 +1,89 @@
+"""Token runs -> fixed rows, with document borders; and which documents are held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tailkd.data.tokens import TokenStore
+from tailkd.errors import Refusal
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training row: what position t reads, what it predicts (-100: nothing), which document it stands in."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    segments: np.ndarray
+
+
+class Rows:
+    """Chosen documents of a store as one run of tokens, cut into rows of `context` positions.
+
+    Every token of the run is predicted exactly once: row r predicts tokens ``r * context`` to ``(r + 1) * context - 1``
+    from the tokens before them, its first one from the begin token if rows start with one. Without a begin token the
+    very first token of the run has nothing before it and is only read. The last row is filled up with ignored labels.
+    """
+
+    def __init__(self, store: TokenStore, documents: np.ndarray, *, context: int, begin: int | None, end: int) -> None:
+        lengths = store.offsets[documents + 1] - store.offsets[documents]
+        self.store, self.documents, self.context, self.begin, self.end = store, documents, context, begin, end
+        self.borders = np.concatenate([[0], np.cumsum(lengths)])  # of the documents, in the run
+        self.tokens = int(self.borders[-1])
+        self.predicted = self.tokens - (begin is None)
+
+    def __len__(self) -> int:
+        return -(-self.predicted // self.context)
+
+    def __getitem__(self, row: int) -> Row:
+        first = row * self.context + (self.begin is None)  # the run's index of the first predicted token
+        run, segments = self._run(max(first - 1, 0), min(first + self.context, self.tokens))
+        if self.begin is not None:
+            if first > 0:
+                run, segments = run[1:], segments[1:]
+            run, segments = np.concatenate([[self.begin], run]), np.concatenate([segments[:1], segments])
+        count = len(run) - 1
+        input_ids = np.full(self.context, self.end, dtype=np.int64)
+        labels = np.full(self.context, IGNORED, dtype=np.int64)
+        filled = np.full(self.context, segments[-1], dtype=np.int64)
+        input_ids[:count], labels[:count], filled[:count] = run[:-1], run[1:], segments[:-1]
+        return Row(input_ids, labels, filled - filled[0])
+
+    def _run(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens `start` to `stop` of the run, and the index of the document each stands in."""
+        first = int(np.searchsorted(self.borders, start, side="right")) - 1
+        last = int(np.searchsorted(self.borders, stop, side="left"))
+        pieces, segments = [], []
+        for index in range(first, last):
+            offset = self.store.offsets[self.documents[index]] - self.borders[index]
+            low, high = max(start, self.borders[index]), min(stop, self.borders[index + 1])
+            pieces.append(self.store.tokens[offset + low : offset + high])
+            segments.append(np.full(high - low, index))
+        return np.concatenate(pieces).astype(np.int64), np.concatenate(segments)
+
+
+def split(hashes: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the training and of the held-out documents, by content hash alone.
+
+    A document is held out iff its hash, read as a fraction of 2^64, lies below `fraction`: duplicates cannot straddle
+    the border, and a growing corpus keeps its split. A small corpus in which no hash lies there holds out its lowest.
+    """
+    unique = np.unique(hashes)
+    if len(unique) < 2:
+        raise Refusal(
+            f"the corpus has {len(unique)} different document; a held-out split needs at least 2: give more documents "
+            "or a data.heldout.path"
+        )
+    limit = np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
+    limit = min(max(limit, unique[0] + np.uint64(1)), unique[-1])
+    held = hashes < limit
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def without(hashes: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+    """Indices of the documents whose content is not among the `held_out` hashes."""
+    return np.flatnonzero(~np.isin(hashes, held_out))

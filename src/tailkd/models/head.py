@@ -1,0 +1,92 @@
+"""A causal language model as hidden states and a vocabulary matrix; its logits are never made for a whole batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tailkd.errors import Refusal
+from tailkd.models import precision
+from tailkd.objective.head import Head
+
+# The names under which families publish what they do to their logits after the product.
+FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+DIVISORS = ("logits_scaling",)
+SOFTCAPS = ("final_logit_softcapping",)
+PROBE = 8  # tokens of the forward pass that proves the reading
+
+
+class SplitModel:
+    """``split(input_ids).logits()`` equals ``model(input_ids).logits[..., :usable]``; a call makes no logits.
+
+    Products run in `compute_dtype` over the model's own parameters, and hidden states come out in it. Deliberately no
+    nn.Module: a teacher inside must stay outside every module tree.
+    """
+
+    def __init__(self, model: Any, *, usable: int | None = None, compute_dtype: torch.dtype = torch.float32) -> None:
+        self.model: Any = model
+        self.compute_dtype = compute_dtype
+        self.backbone, self.projection = _parts(model)
+        self.scale, self.softcap = _scale(model.config), _first(model.config, SOFTCAPS)
+        self.usable = self.projection.weight.shape[0] if usable is None else usable
+
+    def __call__(self, input_ids: Tensor) -> Head:
+        with precision.compute(self.compute_dtype, self.device):
+            hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+        if self.compute_dtype != torch.float32:  # norms widen their output; the head's product stays in compute_dtype
+            hidden = hidden.to(self.compute_dtype)
+        bias = getattr(self.projection, "bias", None)
+        return Head(hidden, self.projection.weight, bias, self.scale, self.softcap).narrow(self.usable)
+
+    @property
+    def device(self) -> torch.device:
+        return self.projection.weight.device
+
+    @torch.no_grad()
+    def prove(self) -> SplitModel:
+        """Compare with the model's own logits on a few tokens; refuse the family where they differ."""
+        ids = torch.arange(PROBE, device=self.device).unsqueeze(0) % self.usable
+        was_training = self.model.training
+        self.model.eval()
+        with precision.compute(self.compute_dtype, self.device):
+            expected = self.model(input_ids=ids, use_cache=False).logits[..., : self.usable].float()
+        got = self(ids).logits().float()
+        self.model.train(was_training)
+        if not torch.allclose(got, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()) + 1e-6):
+            raise Refusal(
+                f"{_family(self.model)}: hidden states times vocabulary matrix do not give the model's own logits "
+                f"(largest difference {float((got - expected).abs().max()):.3g}); this family treats its logits in a "
+                "way that tailkd does not know, so it cannot be a teacher or student"
+            )
+        return self
+
+
+def _parts(model: Any) -> tuple[nn.Module, Any]:
+    """The network below the vocabulary projection, and the projection."""
+    projection = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    backbone = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise Refusal(f"{_family(model)}: an encoder-decoder; expected a causal language model")
+    if backbone is None or backbone is model or not isinstance(projection, nn.Linear):
+        found = type(projection).__name__ if projection is not None else "none"
+        raise Refusal(
+            f"{_family(model)}: no single linear vocabulary projection on top of a backbone was found (projection: "
+            f"{found}); this family cannot be a teacher or student"
+        )
+    return backbone, projection
+
+
+def _scale(config: Any) -> float:
+    factor, divisor = _first(config, FACTORS), _first(config, DIVISORS)
+    return (1.0 if factor is None else factor) / (1.0 if divisor is None else divisor)
+
+
+def _first(config: Any, names: tuple[str, ...]) -> float | None:
+    values = (getattr(config, name, None) for name in names)
+    return next((float(v) for v in values if v is not None), None)
+
+
+def _family(model: Any) -> str:
+    return f"{type(model).__name__} (model type {model.config.model_type!r})"

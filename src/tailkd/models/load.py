@@ -1,0 +1,119 @@
+"""Id or path, revision and dtype -> model and tokenizer."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tailkd.errors import Refusal
+
+PINNED = re.compile(r"[0-9a-f]{40}")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+OFFLINE_HINT = (
+    "give a folder written by save_pretrained, or a hub id that can be reached (`hf auth login` for gated ones)"
+)
+
+
+def check_remote_code(role: str, revision: str | None, remote_code: bool) -> None:
+    """Code from a model repository runs only at a pinned commit, for teacher and student apart."""
+    if remote_code and not (revision and PINNED.fullmatch(revision)):
+        raise Refusal(
+            f"{role}.remote_code runs code from the model's repository, so {role}.revision must pin it by a 40-digit "
+            f"commit hash; it is {revision!r}"
+        )
+
+
+def load_config(role: str, model: str, *, revision: str | None = None, remote_code: bool = False) -> Any:
+    """The model's configuration alone."""
+    from transformers import AutoConfig
+
+    check_remote_code(role, revision, remote_code)
+    try:
+        return AutoConfig.from_pretrained(_expanded(model), revision=revision, trust_remote_code=remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(role, model, "configuration", error) from error
+
+
+def load_tokenizer(role: str, model: str, *, revision: str | None = None, remote_code: bool = False) -> Any | None:
+    """The model's tokenizer; None for a folder that holds none."""
+    from transformers import AutoTokenizer
+
+    check_remote_code(role, revision, remote_code)
+    folder = Path(model).expanduser()
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(_expanded(model), revision=revision, trust_remote_code=remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _unreadable(role, model, "tokenizer", error) from error
+
+
+def load_model(
+    role: str,
+    model: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    revision: str | None = None,
+    attention: str = "auto",
+    remote_code: bool = False,
+) -> Any:
+    """A causal language model with its weights in `dtype` on `device`, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    check_remote_code(role, revision, remote_code)
+    try:
+        loaded, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+            _expanded(model),
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=None if attention == "auto" else attention,
+            trust_remote_code=remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise _unreadable(role, model, "weights", error) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise Refusal(
+            f"{role}.model: {model!r} lacks {len(missing)} weights of its own configuration, such as {missing[0]!r}; "
+            "they would be random: give a complete folder"
+        )
+    return loaded.to(device).eval()
+
+
+def _expanded(model: str) -> str:
+    path = Path(model).expanduser()
+    return str(path) if path.is_dir() else model
+
+
+def _unreadable(role: str, model: str, what: str, error: Exception) -> Refusal:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return Refusal(f"{role}.model: the {what} of {model!r} could not be read ({first}); {OFFLINE_HINT}")
+
+
+def check_saved_tokenizer(tokenizer: Any, config: Any, texts: list[str]) -> None:
+    """The tokenizer, saved beside `config` and loaded afresh by AutoTokenizer, must give the ids it gives now.
+
+    For some model types AutoTokenizer builds the tokenizer by rules of its own class and drops those in the folder:
+    the student would be trained on ids that nobody who loads it will ever feed to it.
+    """
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        (Path(folder) / "config.json").write_text(json.dumps({"model_type": config.model_type}))
+        again = AutoTokenizer.from_pretrained(folder)
+    for text in texts:
+        now, later = (t(text, add_special_tokens=False, verbose=False)["input_ids"] for t in (tokenizer, again))
+        if now != later:
+            raise Refusal(
+                f"this tokenizer does not survive in the folder of a {config.model_type!r} model: loaded again by "
+                f"AutoTokenizer it becomes a {type(again).__name__} and gives other ids ({later[:8]} instead of "
+                f"{now[:8]} for {text[:40]!r}); take a student of another model type, such as 'llama'"
+            )

@@ -1,0 +1,41 @@
+"""Are two vocabularies one? Proof or refusal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tailkd.errors import Refusal
+
+SHOWN = 5
+
+
+def usable_ids(teacher_tokenizer: Any, student_tokenizer: Any, teacher_rows: int, student_rows: int) -> int:
+    """How many ids (0 to n - 1) mean one token on both sides and have a vocabulary row in both models.
+
+    Rows beyond the tokenizer's ids are padding and are sliced off on both sides. Ids below must carry the same token
+    in both tokenizers.
+
+    Raises:
+        Refusal: naming the first ids and tokens that differ.
+    """
+    teacher, student = _tokens(teacher_tokenizer), _tokens(student_tokenizer)
+    rows = min(teacher_rows, student_rows)
+    usable = min(rows, max(teacher, default=-1) + 1, max(student, default=-1) + 1)
+    differing = [i for i in range(rows) if teacher.get(i) != student.get(i)]
+    if differing:
+        shown = "; ".join(f"id {i}: {teacher.get(i)!r} against {student.get(i)!r}" for i in differing[:SHOWN])
+        raise Refusal(
+            f"teacher and student do not share one vocabulary: {len(differing):,} of {rows:,} ids carry another token "
+            f"(teacher against student: {shown}); distillation compares the two distributions id by id, so take a pair "
+            "with one tokenizer, or a tool for cross-tokenizer distillation"
+        )
+    return usable
+
+
+def tokenizer_usable_ids(tokenizer: Any, rows: int) -> int:
+    """The same for a student alone."""
+    return min(rows, max(_tokens(tokenizer), default=-1) + 1)
+
+
+def _tokens(tokenizer: Any) -> dict[int, str]:
+    return {i: token for token, i in tokenizer.get_vocab().items()}

@@ -1,0 +1,188 @@
+"""The loss of a distillation step: cross-entropy on the corpus plus a divergence from the teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tailkd.objective import checks, divergences
+from tailkd.objective.head import Head
+from tailkd.objective.tally import Tally
+
+DIVERGENCES = (
+    "none",
+    "forward_kl",
+    "reverse_kl",
+    "tail_aware",
+    "jensen_shannon",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+    "decoupled_kd",
+    "ghost_token_kl",
+)
+SPLIT_DIVERGENCES = ("tail_aware", "ghost_token_kl")
+IMPLEMENTATIONS = ("auto", "reference")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """``clm_weight * CLM + divergence_weight * divergence`` per token; `divergence` is one of `DIVERGENCES`."""
+
+    divergence: str = "tail_aware"
+    top_k: int = 10
+    beta: float = 2.0
+    temperature: float = 1.0
+    clm_weight: float = 1.0
+    divergence_weight: float = 1.0
+    jsd_beta: float = 0.5
+    skew: float = 0.1
+    dkd_alpha: float = 1.0
+    dkd_beta: float = 8.0
+    tail_mass_floor: float = 1e-6
+
+    def __post_init__(self) -> None:
+        checks.one_of("divergence", self.divergence, DIVERGENCES)
+        checks.at_least("top_k", self.top_k, 1)
+        checks.positive("temperature", self.temperature)
+        for name in ("beta", "clm_weight", "divergence_weight", "dkd_alpha", "dkd_beta", "tail_mass_floor"):
+            checks.at_least(name, getattr(self, name), 0.0)
+        for name in ("jsd_beta", "skew"):
+            checks.within(name, getattr(self, name), 0.0, 1.0)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.divergence != "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Sums over the valid tokens of what was given; divide once, by the valid tokens of the global batch.
+
+    sum: scalar tensor with gradient (nats). count: valid tokens. parts: named `Tally`s without gradient, for logging.
+    """
+
+    sum: Tensor
+    count: int
+    parts: dict[str, Tally] = field(default_factory=dict)
+
+    def mean(self, total: int | None = None) -> Tensor:
+        """``sum / (total or count)``; 0 where there is no valid token."""
+        return self.sum / max(self.count if total is None else total, 1)
+
+
+def distillation_loss(
+    student: Head,
+    teacher: Head | None,
+    labels: Tensor,
+    *,
+    objective: Objective,
+    segments: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    impl: str = "auto",
+) -> Loss:
+    """Sum over valid positions of cross-entropy and divergence, with gradient to the student alone.
+
+    Equals, for ``objective.divergence == "tail_aware"`` (its siblings likewise)::
+
+        valid = labels != -100
+        clm = F.cross_entropy(student.logits().transpose(1, 2), labels, reduction="none")    # 0 where not valid
+        div = tail_aware_divergence(student.logits(), teacher.logits(), top_k=..., beta=..., mask=valid,
+                                    segments=segments, temperature=...)
+        loss.sum == (token_weights * (clm_weight * clm + divergence_weight * div)).sum();  loss.count == valid.sum()
+
+    ``loss.mean().backward()`` is a whole training step's loss on one device without accumulation. With micro-batches
+    call ``loss.mean(total).backward()`` on each, `total` being the valid tokens of the *global* batch. Gradients that
+    are averaged over ranks afterwards (DDP, FSDP) need ``loss.mean(total / world_size)``.
+
+    Args:
+        student, teacher: heads over one vocabulary (`teacher` may be None where ``divergence == "none"``).
+        labels: (batch, sequence), already shifted: ``labels[b, t]`` is what position t predicts; -100 is ignored.
+        segments: (batch, sequence) document ids, for a mean tail mass per document instead of per row.
+        token_weights: (batch, sequence) factor on each position's loss; the count stays that of valid positions.
+        impl: "reference" (eager, dense logits) or "auto".
+
+    Raises:
+        ValueError: a teacher that is missing, vocabularies or shapes that differ, an unknown `impl`.
+
+    Source: "Don't Ignore the Tail", Eq. 4.
+    """
+    checks.one_of("impl", impl, IMPLEMENTATIONS)
+    checks.labels(labels, student.hidden.shape[:2], student.vocabulary_size)
+    if objective.needs_teacher:
+        if teacher is None:
+            raise ValueError(f"divergence {objective.divergence!r} needs a teacher; give one or take divergence 'none'")
+        if teacher.vocabulary_size != student.vocabulary_size:
+            raise ValueError(
+                f"the teacher has {teacher.vocabulary_size:,} vocabulary rows, the student "
+                f"{student.vocabulary_size:,}; expected one vocabulary: slice padded rows off with Head.narrow(usable)"
+            )
+    return _reference(student, teacher, labels, objective, segments, token_weights)
+
+
+def _reference(
+    student: Head,
+    teacher: Head | None,
+    labels: Tensor,
+    objective: Objective,
+    segments: Tensor | None,
+    token_weights: Tensor | None,
+) -> Loss:
+    student_logits = student.logits()
+    mask = labels != -100
+    count = int(mask.sum())
+    log_q = divergences.log_probabilities(student_logits)
+    clm = F.nll_loss(log_q.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    values, parts = {"clm": clm}, {}
+    if objective.needs_teacher and teacher is not None:
+        with torch.no_grad():
+            teacher_logits = teacher.logits()
+        of = _split_divergence if objective.divergence in SPLIT_DIVERGENCES else _plain_divergence
+        values["divergence"], parts = of(student_logits, teacher_logits, labels, objective, segments)
+    weights = {"clm": objective.clm_weight, "divergence": objective.divergence_weight}
+    total = torch.stack([weights[name] * value for name, value in values.items()]).sum(0)
+    total = total if token_weights is None else total * token_weights
+    total = total.masked_fill(~mask, 0.0).sum()
+    summed = {name: Tally(value.detach().sum(), count) for name, value in values.items()}
+    return Loss(total, count, {"loss": Tally(total.detach(), count), **summed, **parts})
+
+
+def _plain_divergence(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, objective: Objective, segments: Tensor | None
+) -> tuple[Tensor, dict[str, Tally]]:
+    own: dict[str, Any] = {
+        "jensen_shannon": {"jsd_beta": objective.jsd_beta},
+        "skew_forward_kl": {"skew": objective.skew},
+        "skew_reverse_kl": {"skew": objective.skew},
+        "decoupled_kd": {"labels": labels, "dkd_alpha": objective.dkd_alpha, "dkd_beta": objective.dkd_beta},
+    }
+    divergence = getattr(divergences, objective.divergence)
+    shared = {"mask": labels != -100, "temperature": objective.temperature}
+    return divergence(student_logits, teacher_logits, **shared, **own.get(objective.divergence, {})), {}
+
+
+def _split_divergence(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, objective: Objective, segments: Tensor | None
+) -> tuple[Tensor, dict[str, Tally]]:
+    """The divergence, and of it: head and tail part of the KL at its temperature, tail mass, rows under the floor."""
+    mask, floor = labels != -100, objective.tail_mass_floor
+    log_p, log_q = divergences.pair(student_logits, teacher_logits, objective.temperature)
+    split = divergences.split_kl(log_p, log_q, divergences.top_k_mask(log_p, objective.top_k))
+    log_mean = divergences.log_mean_tail_mass(split.log_tail_mass, mask, segments)
+    beta = objective.beta if objective.divergence == "tail_aware" else 0.0
+    values = divergences.tail_aware_values(
+        split, log_mean, mask, beta=beta, floor=floor, temperature=objective.temperature
+    )
+    tail_mass = split.log_tail_mass.exp()
+    count = int(mask.sum())
+    floored = ((log_mean.exp() < floor) & mask).any(-1).sum()
+
+    def tally(part: Tensor) -> Tally:
+        return Tally(part.detach().masked_fill(~mask, 0.0).sum(), count)
+
+    parts = {"head_kl": split.head_kl, "tail_kl": tail_mass * split.tail_kl, "tail_mass": tail_mass}
+    return values, {**{name: tally(part) for name, part in parts.items()}, "floored_rows": Tally(floored, 1)}

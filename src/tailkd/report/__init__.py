@@ -1,0 +1,1 @@
+"""Numbers -> table, page, card. Reads run folders; imports no torch."""

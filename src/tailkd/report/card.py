@@ -1,0 +1,38 @@
+"""The run folder's README: what this student is and how it was made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tailkd.report.compare import COLUMNS, lines
+from tailkd.report.record import Run
+
+
+def write_card(run: Run) -> Path:
+    """README.md in the run folder."""
+    recipe, teacher = run.recipe, run.recipe["teacher"]
+    objective = ", ".join(f"{key} {value}" for key, value in recipe["objective"].items())
+    header = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    rows = [f"| {line.name} | " + " | ".join(line.cell(c) for c in COLUMNS) + " |" for line in lines([run])]
+    text = [
+        f"# {run.name}",
+        "",
+        f"A student of `{teacher['model'] if teacher else 'no teacher'}`, started from `{recipe['student']['model']}`, "
+        f"distilled with tailkd {run.environment['versions']['tailkd']}.",
+        "",
+        f"- corpus: `{recipe['data']['train']['path'] or recipe['data']['train']['hub']}`",
+        f"- objective: {objective}",
+        f"- tokens: {recipe['training']['tokens']:,} (rows of {recipe['data']['context']}, batch of "
+        f"{recipe['training']['batch_size']})",
+        "- load it: `AutoModelForCausalLM.from_pretrained('student')`",
+        "- make it again: `tailkd distill recipe.yaml out=elsewhere`",
+        "",
+        "Held-out measures (nats per token, percent):",
+        "",
+        *header,
+        *rows,
+        "",
+    ]
+    path = run.folder / "README.md"
+    path.write_text("\n".join(text), encoding="utf-8")
+    return path

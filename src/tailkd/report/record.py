@@ -1,0 +1,103 @@
+"""A run is a folder: this file knows what lies in it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tailkd.errors import Refusal
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, read as it is asked for.
+
+    recipe.yaml, environment.json, metrics.jsonl, checkpoints/, student/, evaluation.json, report.html, README.md.
+    """
+
+    folder: Path
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        from ruamel.yaml import YAML
+
+        path = self.folder / "recipe.yaml"
+        if not path.is_file():
+            raise Refusal(f"{self.folder} is not a run folder: it holds no recipe.yaml")
+        return YAML(typ="safe").load(path)
+
+    @property
+    def name(self) -> str:
+        return self.recipe["name"]
+
+    @property
+    def student(self) -> Path:
+        """Folder of the trained student, a plain save_pretrained."""
+        return self.folder / "student"
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "evaluation.json").is_file()
+
+    @cached_property
+    def evaluation(self) -> dict[str, Any]:
+        """evaluation.json: measures of teacher, student_before and student."""
+        path = self.folder / "evaluation.json"
+        if not path.is_file():
+            raise Refusal(f"{self.folder} has no evaluation.json yet: run `tailkd distill` on its recipe to the end")
+        return checked(json.loads(path.read_text()), path)
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        return json.loads((self.folder / "environment.json").read_text())
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl: kind "step" and kind "evaluation"."""
+        path = self.folder / "metrics.jsonl"
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        checked(records[0], path)
+        return records[1:]
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Held-out measures over the run, from the untrained student to the last."""
+        return [record for record in self.metrics if record["kind"] == "evaluation"]
+
+
+def checked(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    if content.get("format") != FORMAT:
+        raise Refusal(f"{path} has format {content.get('format')}; this tailkd reads format {FORMAT}")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Written aside, then renamed, so that a reader never meets half a file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
+
+
+class Metrics:
+    """Appends records to metrics.jsonl; a resumed run first cuts it back to where its checkpoint stood."""
+
+    def __init__(self, path: Path, *, resume_at: int = 0) -> None:
+        self._file = path.open("r+b" if resume_at else "wb")
+        self._file.truncate(resume_at)
+        self._file.seek(resume_at)
+        if not resume_at:
+            self.append({"kind": "header", "format": FORMAT})
+
+    def append(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record).encode() + b"\n")
+        self._file.flush()
+
+    def size(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()

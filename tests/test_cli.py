@@ -1,0 +1,105 @@
+"""The verbs, in process; what a user types and sees."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+from typer.testing import CliRunner
+
+from tailkd import cli
+
+
+def tailkd(*arguments: str, expected: int = 0) -> tuple[str, str]:
+    """Standard output and error of a verb that ends with the expected exit code."""
+    result = CliRunner().invoke(cli.app, list(arguments))
+    assert result.exit_code == expected, result.output
+    return result.stdout, result.stderr
+
+
+@pytest.fixture
+def recipe_path(recipe: dict[str, Any], tmp_path: Path) -> Path:
+    recipe["training"] |= {"tokens": 2_000, "save_every_tokens": None}
+    recipe["evaluate"] = {"tokens": 1_000}
+    path = tmp_path / "recipe.yaml"
+    YAML().dump(recipe, path)
+    return path
+
+
+def test_the_verbs_are_these() -> None:
+    names = {command.name or command.callback.__name__ for command in cli.app.registered_commands}  # type: ignore[union-attr]
+    assert names == {"demo", "distill", "evaluate", "report", "check", "doctor"}
+
+
+def test_distill_evaluate_report(recipe_path: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "elsewhere")
+    table, _ = tailkd("distill", str(recipe_path), f"out={out}", "training.seed=4")
+    assert "student before" in table.replace("\n", " ")
+    assert YAML(typ="safe").load(Path(out) / "recipe.yaml")["training"]["seed"] == 4
+    evaluated = json.loads(tailkd("evaluate", out, "--json")[0])
+    reported = json.loads(tailkd("report", out, "--json")[0])
+    assert evaluated == reported
+    assert reported[0]["evaluation"]["student"]["kl"] > 0
+    page = tmp_path / "page.html"
+    tailkd("report", out, out, "--out", str(page))
+    assert page.read_text().count("<tr>") == 5
+
+
+def test_distill_again_says_that_it_is_finished(recipe_path: Path) -> None:
+    tailkd("distill", str(recipe_path))
+    assert "already finished" in tailkd("distill", str(recipe_path))[1]
+
+
+def test_check(recipe_path: Path, tmp_path: Path) -> None:
+    before = sorted(p.name for p in tmp_path.iterdir())
+    found = json.loads(tailkd("check", str(recipe_path), "--json")[0])
+    assert found["usable_ids"] == 400
+    assert found["steps"] == 6
+    assert "steps  6" in tailkd("check", str(recipe_path))[0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.learning_rat=1", "override: training.learning_rat: unknown key; did you mean 'learning_rate'?"),
+        ("training.tokens=many", "override: training.tokens: expected a valid integer; came 'many'"),
+        ("data.train.path=nowhere", "data.train.path: no file, folder or match at 'nowhere'"),
+        ("data.train.text=content", "no field 'content'; it has 'id', 'body'"),
+    ],
+)
+def test_refusals_exit_with_2_and_write_nothing(
+    override: str,
+    message: str,
+    recipe_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for verb in ("distill", "check"):
+        monkeypatch.setattr("sys.argv", ["tailkd", verb, str(recipe_path), override])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 2
+        captured = capsys.readouterr().err
+        assert message in captured
+        assert "Traceback" not in captured
+        assert not (tmp_path / "run").exists()
+
+
+def test_reports_of_what_is_no_run_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["tailkd", "report", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "is not a run folder: it holds no recipe.yaml" in capsys.readouterr().err
+
+
+def test_doctor_and_version() -> None:
+    assert "torch" in tailkd("doctor")[0]
+    assert tailkd("--version")[0].startswith("tailkd 0.")
