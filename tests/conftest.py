@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,15 +10,15 @@ import builders
 import hypothesis
 import pytest
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a hub; read when huggingface_hub is imported
 hypothesis.settings.register_profile("tailkd", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("tailkd")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _offline(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """No test reaches a hub, and none writes into the user's cache."""
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """No test writes into the user's cache."""
     patch = pytest.MonkeyPatch()
-    patch.setenv("HF_HUB_OFFLINE", "1")
     patch.setenv("TAILKD_CACHE", str(tmp_path_factory.mktemp("cache")))
     yield
     patch.undo()

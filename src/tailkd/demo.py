@@ -27,6 +27,7 @@ STUDENT = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, 
 
 TEACHER_TRAINING = {"tokens": 400_000, "batch_size": 4, "learning_rate": 3e-3}
 STUDENT_TRAINING = {"tokens": 250_000, "batch_size": 4, "learning_rate": 4e-3}
+EVALUATION = {"tokens": 20_000, "every_tokens": 50_000}
 
 STUDENTS: dict[str, dict[str, Any]] = {
     "clm": {"divergence": "none"},
@@ -61,7 +62,7 @@ def _recipe(out: Path, corpus: Path, name: str) -> dict[str, Any]:
         "name": name,
         "out": str(out / name),
         "data": {"train": {"path": str(corpus)}, "context": 128, "store": str(out / "tokens")},
-        "evaluate": {"tokens": 20_000, "every_tokens": 50_000},
+        "evaluate": EVALUATION,
     }
 
 
@@ -72,7 +73,6 @@ def _teacher_recipe(out: Path, corpus: Path, start: Path) -> dict[str, Any]:
         "student": {"model": str(start)},
         "objective": {"divergence": "none"},
         "training": TEACHER_TRAINING,
-        "evaluate": {"tokens": 20_000},
     }
 
 
