@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all check format bench docs clean
+.PHONY: demo test test-all test-browser mutants check format bench docs clean
 
 demo: $(VENV)/base.stamp  ## corpus, teacher and five students on this machine; opens no connection
 	$(BIN)/python -m tailkd demo
@@ -14,6 +14,12 @@ test: $(VENV)/dev.stamp  ## the tests that every change must pass
 
 test-all: $(VENV)/all.stamp  ## those, the slow ones, and those of every extra
 	$(BIN)/python -m pytest
+
+test-browser: $(VENV)/browser.stamp  ## the demo's page in Debian's chromium; after `make demo`
+	$(BIN)/python -m pytest tests/browser
+
+mutants: $(VENV)/dev.stamp  ## ten deliberate faults, and the test that catches each
+	$(BIN)/python tests/mutants.py
 
 check: $(VENV)/dev.stamp  ## formatting, lint, types, the direction of imports
 	$(BIN)/ruff format --check .
@@ -44,7 +50,8 @@ $(VENV)/%.stamp: $(VENV)/base.stamp
 	touch $@
 
 EXTRAS_dev := dev
-EXTRAS_all := dev,eval,gguf,lora,track,bench,docs
+EXTRAS_all := dev,browser,eval,gguf,lora,track,bench,docs
 EXTRAS_bench := dev,bench
+EXTRAS_browser := dev,browser
 EXTRAS_docs := docs
 .PRECIOUS: $(VENV)/%.stamp

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import ast
 import json
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,3 +71,45 @@ def recipe(stranger: SimpleNamespace, tmp_path: Path) -> dict[str, Any]:
         },
         "evaluate": {"every_tokens": 2_000, "tokens": 2_000},
     }
+
+
+# ----- every message that tailkd raises must be raised by some test
+
+
+RAISED: set[tuple[str, int]] = set()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    from tailkd import errors
+
+    plain = errors.Refusal.__init__
+
+    def noted(self: errors.Refusal, *arguments: object) -> None:
+        frame = sys._getframe(1)
+        RAISED.add((frame.f_code.co_filename, frame.f_lineno))
+        plain(self, *arguments)
+
+    errors.Refusal.__init__ = noted  # type: ignore[method-assign]
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """After a whole green run: name each `Refusal` in the sources that no test has raised, and fail."""
+    if exitstatus or session.config.args != session.config.getini("testpaths"):
+        return
+    silent = [f"{path.name}:{first}" for path, first, last in _refusals() if not _seen(path, first, last)]
+    if silent:
+        print("\nmessages that no test has raised:", *silent)
+        session.exitstatus = 1
+
+
+def _refusals() -> Iterator[tuple[Path, int, int]]:
+    import tailkd
+
+    for path in Path(tailkd.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Refusal":
+                yield path, node.lineno, node.end_lineno or node.lineno
+
+
+def _seen(path: Path, first: int, last: int) -> bool:
+    return any(name == str(path) and first <= line <= last for name, line in RAISED)

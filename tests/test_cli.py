@@ -31,7 +31,7 @@ def recipe_path(recipe: dict[str, Any], tmp_path: Path) -> Path:
 
 def test_the_verbs_are_these() -> None:
     names = {command.name or command.callback.__name__ for command in cli.app.registered_commands}  # type: ignore[union-attr]
-    assert names == {"demo", "distill", "evaluate", "report", "check", "doctor"}
+    assert names == {"demo", "distill", "evaluate", "report", "check", "schema", "doctor"}
 
 
 def test_distill_evaluate_report(recipe_path: Path, tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_distill_evaluate_report(recipe_path: Path, tmp_path: Path) -> None:
     assert reported[0]["evaluation"]["student"]["kl"] > 0
     page = tmp_path / "page.html"
     tailkd("report", out, out, "--out", str(page))
-    assert page.read_text().count("<tr>") == 5
+    assert page.read_text().count('<th scope="row">') == 2 + 2 + 2
 
 
 def test_distill_again_says_that_it_is_finished(recipe_path: Path) -> None:
@@ -98,6 +98,16 @@ def test_reports_of_what_is_no_run_are_refused(
         cli.main()
     assert ended.value.code == 2
     assert "is not a run folder: it holds no recipe.yaml" in capsys.readouterr().err
+
+
+def test_schema(recipe_path: Path, tmp_path: Path) -> None:
+    schema = json.loads(tailkd("schema")[0])
+    assert schema["additionalProperties"] is False
+    training = schema["$defs"]["Training"]["properties"]
+    assert training["learning_rate"]["exclusiveMinimum"] == 0
+    assert training["clip_norm"]["description"] == "Bound of the gradient norm."
+    assert "$schema=recipe.schema.json" in tailkd("schema", "--out", str(tmp_path / "recipe.schema.json"))[0]
+    assert json.loads((tmp_path / "recipe.schema.json").read_text()) == schema
 
 
 def test_doctor_and_version() -> None:

@@ -28,7 +28,7 @@ def test_a_small_demo_makes_all_runs_and_the_page(tmp_path: Path, monkeypatch: p
 
 
 def _differences(run: Run, other: Run) -> set[str]:
-    from tailkd.recipe import flattened
+    from tailkd.report.record import flattened
 
     one, two = flattened(run.recipe), flattened(other.recipe)
     return {key for key in {**one, **two} if one.get(key) != two.get(key)}

@@ -167,6 +167,8 @@ def test_bad_recipes_are_refused_with_line_and_key(name: str, tmp_path: Path) ->
 
 def test_other_encodings_and_missing_files(tmp_path: Path) -> None:
     assert ":9: not UTF-8" in refusal(tmp_path, HEAD + "# ä\n", encoding="latin-1")
+    assert "a recipe has at most 1,048,576" in refusal(tmp_path, HEAD + "#" * (1 << 20))
+    assert "not YAML" in refusal(tmp_path, "a: " + "[" * 3000)
     with pytest.raises(Refusal, match=r"cannot be read \(No such file or directory\)"):
         recipe_file.read(tmp_path / "nothing.yaml")
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import tailkd
-from tailkd import folder
+from tailkd import folder, parts, recipe_file
 from tailkd import run as way
 from tailkd.errors import Refusal
 from tailkd.report.record import Run
@@ -174,6 +174,41 @@ def test_a_folder_that_holds_something_else_is_refused(
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_outputs_that_cannot_be_written_are_refused_before_a_model_is_loaded(
+    stranger: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts.load, "load_model", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Refusal, match=r"file is a file; give another `out`"):
+        tailkd.distill(small(stranger, tmp_path / "file"))
+    with pytest.raises(Refusal, match=r"run cannot be written"):
+        tailkd.distill(small(stranger, Path("/proc/run")))
+    usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(Refusal, match=r"need 0.0 GB, the disk has 0.0 GB free.*keep_checkpoints"):
+        tailkd.distill(small(stranger, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_choices_that_cannot_run_here_are_refused(stranger: SimpleNamespace, tmp_path: Path) -> None:
+    recipe = small(stranger, tmp_path / "run")
+    recipe["teacher"]["attention"] = "flash_attention_2"
+    if not torch.cuda.is_available():
+        with pytest.raises(Refusal, match=r"teacher.attention is 'flash_attention_2', which needs a GPU"):
+            tailkd.distill(recipe)
+    recipe = small(stranger, tmp_path / "run")
+    lines = stranger.corpus.read_text().splitlines(keepends=True)
+    (tmp_path / "small.jsonl").write_text("".join(lines[:3]))
+    recipe["data"]["train"]["path"] = str(tmp_path / "small.jsonl")
+    recipe["data"]["heldout"] = {"path": str(stranger.corpus), "text": "body"}
+    with pytest.raises(Refusal, match=r"no token is left to train on: 0 documents"):
+        tailkd.distill(recipe)
+    builders.write_corpus(tmp_path / "small.jsonl", documents=9, field="body", seed=9)
+    with pytest.raises(Refusal, match=r"data.heldout has [\d,]+ tokens, more than the [\d,]+ to train on"):
+        tailkd.distill(recipe)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("divergence", ["none", "reverse_kl", "decoupled_kd"])
 def test_rivals_differ_in_a_line(divergence: str, stranger: SimpleNamespace, tmp_path: Path) -> None:
     recipe = small(stranger, tmp_path / "run", divergence=divergence)
@@ -198,7 +233,7 @@ def test_begin_tokens_are_a_rule(stranger: SimpleNamespace, tmp_path: Path) -> N
         recipe = small(stranger, tmp_path)
         recipe["data"]["bos"] = bos
         recipe |= {"student": {"model": str(student)}, "teacher": {"model": str(teacher)}}
-        return way.read_vocabulary(way.recipe_file.read(recipe)).begin
+        return parts.read_vocabulary(recipe_file.read(recipe)).begin
 
     assert (begin("auto"), begin("always"), begin("never")) == (None, 0, None)
     tokenizer = builders.build_tokenizer(["a"] * 3)
@@ -207,6 +242,32 @@ def test_begin_tokens_are_a_rule(stranger: SimpleNamespace, tmp_path: Path) -> N
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     both = builders.save_model(tmp_path / "begins", tokenizer)
     assert (begin("auto", both, both), begin("never", both, both)) == (0, None)
+
+
+def test_a_begin_token_that_is_not_there_is_refused(stranger: SimpleNamespace, tmp_path: Path) -> None:
+    tokenizer = builders.build_tokenizer(["a"] * 3)
+    tokenizer.bos_token = None
+    both = str(builders.save_model(tmp_path / "no-begin", tokenizer))
+    recipe = small(stranger, tmp_path) | {"student": {"model": both}, "teacher": {"model": both}}
+    recipe["data"]["bos"] = "always"
+    with pytest.raises(Refusal, match=r"data.bos is 'always' but the tokenizer has no begin token"):
+        parts.read_vocabulary(recipe_file.read(recipe))
+
+
+def test_the_teachers_tokenizer_serves_a_student_without_one(stranger: SimpleNamespace, tmp_path: Path) -> None:
+    bare = str(builders.save_model(tmp_path / "bare", None, vocabulary=400))
+    recipe = small(stranger, tmp_path) | {"student": {"model": bare}}
+    assert parts.read_vocabulary(recipe_file.read(recipe)).usable == 400
+    with pytest.raises(Refusal, match=r"neither the teacher's nor the student's folder holds a tokenizer"):
+        parts.read_vocabulary(recipe_file.read(recipe | {"teacher": {"model": bare}}))
+    alone = small(stranger, tmp_path, divergence="none") | {"student": {"model": bare}, "teacher": None}
+    with pytest.raises(Refusal, match=r"student.model: '.*bare' holds no tokenizer"):
+        parts.read_vocabulary(recipe_file.read(alone))
+
+
+def test_a_run_without_an_end_cannot_be_measured_again(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=r"holds no finished run: run `tailkd distill`"):
+        way.evaluate(Run(tmp_path), lambda message: None)
 
 
 BAD_MODELS = {
@@ -249,11 +310,11 @@ def test_held_out_documents_are_never_trained_on(stranger: SimpleNamespace, tmp_
     lines = stranger.corpus.read_text().splitlines(keepends=True)
     (tmp_path / "held.jsonl").write_text("".join(lines[:7]))
     recipe = small(stranger, tmp_path / "run")
-    checked = way.recipe_file.read(recipe)
-    shared = way.read_vocabulary(checked)
+    checked = recipe_file.read(recipe)
+    shared = parts.read_vocabulary(checked)
     for heldout in ({"fraction": 0.1}, {"path": str(tmp_path / "held.jsonl"), "text": "body"}):
         recipe["data"]["heldout"] = heldout
-        train, held = way.prepare(way.recipe_file.read(recipe), shared, lambda message: None)
+        train, held = parts.prepare(recipe_file.read(recipe), shared, lambda message: None)
         hashes = [set(rows.store.hashes[rows.documents].tolist()) for rows in (train, held)]
         assert hashes[0]
         assert hashes[1]

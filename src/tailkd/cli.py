@@ -139,6 +139,21 @@ def check(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) 
 
 
 @app.command()
+def schema(
+    out: Annotated[Path | None, typer.Option(help="File to write; default standard output.")] = None,
+) -> None:
+    """JSON schema of a recipe, for editors: `tailkd schema --out recipe.schema.json` beside the recipe."""
+    from tailkd import recipe_file
+
+    text = json.dumps(recipe_file.schema(), indent=1) + "\n"
+    if out is None:
+        print(text, end="")
+    else:
+        out.write_text(text)
+        print(f"{out}: begin a recipe with the line  {recipe_file.HEADER}")
+
+
+@app.command()
 def doctor() -> None:
     """Whether this machine can run tailkd: versions, device, memory, disk."""
     from tailkd.doctor import examine

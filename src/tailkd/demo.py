@@ -13,9 +13,10 @@ import torch
 
 from tailkd import recipe_file
 from tailkd.data.packing import IGNORED, Rows
+from tailkd.parts import prepare, read_vocabulary
 from tailkd.report.page import write_page
 from tailkd.report.record import Run
-from tailkd.run import distill, prepare, read_vocabulary
+from tailkd.run import distill
 
 VOCABULARY = 1024
 END = "<|endoftext|>"

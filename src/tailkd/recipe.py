@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from tailkd.report.record import flattened
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
@@ -21,11 +23,11 @@ def _no_truth_value(value: Any) -> Any:
 
 
 Number = BeforeValidator(_no_truth_value)
-Positive = Annotated[float, Number, Field(gt=0)]
-NotNegative = Annotated[float, Number, Field(ge=0)]
-Fraction = Annotated[float, Number, Field(ge=0, le=1)]
-Share = Annotated[float, Number, Field(gt=0, lt=1)]
-Count = Annotated[int, Number, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0), Number]
+NotNegative = Annotated[float, Field(ge=0), Number]
+Fraction = Annotated[float, Field(ge=0, le=1), Number]
+Share = Annotated[float, Field(gt=0, lt=1), Number]
+Count = Annotated[int, Field(ge=1), Number]
 Divergence = Literal[
     "none",
     "forward_kl",
@@ -139,7 +141,7 @@ class Training(Section):
     """On matrices only."""
     clip_norm: Positive = 1.0
     """Bound of the gradient norm."""
-    seed: Annotated[int, Number, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63), Number] = 0
     """Order of the data and random numbers."""
     save_every_tokens: Count | None = None
     """Checkpoint interval; null only at the end."""
@@ -192,14 +194,6 @@ class Recipe(Section):
         """What a resumed run must share with the one it goes on from, flat by dotted key."""
         flat = flattened(self.resolved())
         return {key: value for key, value in flat.items() if not key.startswith(COSMETIC)}
-
-
-def flattened(values: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flattened(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
-    return flat
 
 
 COSMETIC = (
@@ -291,4 +285,11 @@ def _intervals(recipe: Recipe) -> list[tuple[str, str]]:
     return problems
 
 
-RULES = (_unread_keys, _teacher_needed, _sources, _model_folders, _intervals)
+def _split(recipe: Recipe) -> list[tuple[str, str]]:
+    fraction = recipe.data.heldout.fraction
+    if fraction is not None and fraction > 0.5:
+        return [("data.heldout.fraction", f"{fraction} holds out more than it trains on; expected at most 0.5")]
+    return []
+
+
+RULES = (_unread_keys, _teacher_needed, _sources, _model_folders, _intervals, _split)

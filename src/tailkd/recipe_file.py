@@ -68,6 +68,16 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
     return overrides
 
 
+SCHEMA = "recipe.schema.json"
+HEADER = f"# yaml-language-server: $schema={SCHEMA}"
+"""First line of a recipe, by which editors find the schema that `tailkd schema` writes beside it."""
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of a recipe: every key with its type, default and meaning."""
+    return Recipe.model_json_schema() | {"title": "tailkd recipe"}
+
+
 def write(recipe: Recipe, path: Path) -> None:
     """The resolved recipe as YAML, readable again."""
     with path.open("w", encoding="utf-8") as file:

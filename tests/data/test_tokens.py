@@ -43,8 +43,10 @@ def test_a_store_is_made_once(stranger: SimpleNamespace, tmp_path: Path, monkeyp
 
 def test_another_tokenizer_text_or_range_is_another_store(stranger: SimpleNamespace, tmp_path: Path) -> None:
     folders = {prepare(stranger.corpus, stranger.tokenizer, tmp_path).folder}
-    other = builders.build_tokenizer(["completely other words"] * 9)
-    folders.add(prepare(stranger.corpus, other, tmp_path, usable=400).folder)
+    texts = [json.loads(line)["body"] for line in stranger.corpus.open()]
+    other = builders.build_tokenizer([text[::-1] for text in texts])
+    assert len(other) == len(stranger.tokenizer)
+    folders.add(prepare(stranger.corpus, other, tmp_path).folder)
     folders.add(prepare(stranger.corpus, stranger.tokenizer, tmp_path, usable=401).folder)
     edited = tmp_path / "edited.jsonl"
     edited.write_text(stranger.corpus.read_text().replace("river", "rivet", 1))
@@ -82,6 +84,23 @@ def test_refusals_leave_nothing_behind(stranger: SimpleNamespace, tmp_path: Path
     text = json.dumps({"body": stranger.tokenizer.decode([399])})
     message = refused([text], stranger, tmp_path, usable=399)
     assert f"token {last!r} (id 399) lies outside the 399 ids" in message
+
+
+def test_tokenizers_without_an_end_token_are_refused(stranger: SimpleNamespace, tmp_path: Path) -> None:
+    tokenizer = builders.build_tokenizer(["a"])
+    tokenizer.eos_token = None
+    with pytest.raises(Refusal, match=r"the tokenizer has no end token \(eos_token\)"):
+        prepare(stranger.corpus, tokenizer, tmp_path)
+
+
+def test_files_that_hold_nothing_to_use(stranger: SimpleNamespace, tmp_path: Path) -> None:
+    """Mixed schemas are counted by reason; an empty file and one with nothing but blanks are refused."""
+    message = refused(['{"body": "a"}', '{"text": "b"}', '{"body": ["c"]}', "[]"], stranger, tmp_path, max_bad=0.1)
+    assert "3 of 4 records are unusable" in message
+    for reason in ("1 x no field 'body'", "1 x field 'body' is not text", "1 x not an object"):
+        assert reason in message
+    blank = refused(['{"body": ""}', '{"body": " \\n"}'], stranger, tmp_path)
+    assert "the corpus is empty; 2 records were unusable (2 x empty text)" in blank
 
 
 def test_few_bad_records_are_skipped_and_kept_in_the_manifest(stranger: SimpleNamespace, tmp_path: Path) -> None:

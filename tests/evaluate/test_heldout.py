@@ -70,7 +70,11 @@ def test_measures_are_means_over_tokens(
     expected = {name: sum(values) / len(values) for name, values in lists.items()}
     for size, chunk in ((8, 1 << 20), (3, 4 * USABLE * 5)):
         monkeypatch.setattr(heldout, "CHUNK_BYTES", chunk)
-        measures = heldout.evaluate(student, teacher, batches(rows, size), top_k=3)
+        found = heldout.evaluate(student, teacher, batches(rows, size), top_k=3)
+        measures = dict(found.measures)
+        assert sorted(found.rows["tokens"]) == [6.0] + [14.0] * 7
+        assert sum(found.rows["kl"]) / 104 == pytest.approx(measures["kl"])
+        assert sum(count for _, _, count in found.reliability) == 104
         tail_mass = measures.pop("tail_mass")
         assert measures.pop("tokens") == 104
         assert measures.pop("full_ece") == pytest.approx(
@@ -84,7 +88,7 @@ def test_measures_are_means_over_tokens(
 
 def test_the_teacher_against_itself(rows: Rows, pair: tuple[SplitModel, LiveTeacher]) -> None:
     teacher = pair[1]
-    measures = heldout.evaluate(teacher.split, teacher, batches(rows, 8), top_k=3)
+    measures = heldout.evaluate(teacher.split, teacher, batches(rows, 8), top_k=3).measures
     assert measures["kl"] == pytest.approx(0, abs=1e-6)
     assert measures["acceptance"] == pytest.approx(1, abs=1e-5)
     assert measures["top1_agreement"] == 1
@@ -92,8 +96,8 @@ def test_the_teacher_against_itself(rows: Rows, pair: tuple[SplitModel, LiveTeac
 
 def test_without_a_teacher(rows: Rows, pair: tuple[SplitModel, LiveTeacher]) -> None:
     student, teacher = pair
-    alone = heldout.evaluate(student, None, batches(rows, 8), top_k=3)
-    beside = heldout.evaluate(student, teacher, batches(rows, 8), top_k=3)
+    alone = heldout.evaluate(student, None, batches(rows, 8), top_k=3).measures
+    beside = heldout.evaluate(student, teacher, batches(rows, 8), top_k=3).measures
     assert alone["kl"] is alone["acceptance"] is None
     assert alone["cross_entropy"] == beside["cross_entropy"]
     assert set(alone) == set(beside)

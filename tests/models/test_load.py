@@ -55,3 +55,11 @@ def test_a_tokenizer_that_its_folder_would_change_is_refused(stranger: SimpleNam
 def test_precision() -> None:
     assert precision.resolve("auto", CPU) == torch.float32
     assert precision.resolve("bfloat16", CPU) == torch.bfloat16
+
+
+def test_bfloat16_is_refused_where_the_gpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    gpu = torch.device("cuda")
+    assert precision.resolve("auto", gpu) == torch.float32
+    with pytest.raises(Refusal, match=r"training.precision is bfloat16 but this GPU has none; take float32"):
+        precision.resolve("bfloat16", gpu)

@@ -65,6 +65,19 @@ def test_old_ones_go_and_torn_ones_are_not_seen(tmp_path: Path, monkeypatch: pyt
     assert checkpoints.resume(model, optimizer).step == 3
 
 
+def test_other_formats_and_other_models_are_refused(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    checkpoints = Checkpoints(tmp_path, identity=IDENTITY)
+    checkpoints.save(model, optimizer, Cursor(1))
+    wider = builders.build_model(50, layers=3)
+    with pytest.raises(Refusal, match=r"the checkpoint's weights are not this student's: .*layers.2"):
+        checkpoints.resume(wider, optimizer)
+    state = tmp_path / "step-000000001" / "state.json"
+    state.write_text(state.read_text().replace('"format": 1', '"format": 9'))
+    with pytest.raises(Refusal, match=r"has checkpoint format 9; this tailkd reads format 1"):
+        checkpoints.resume(model, optimizer)
+
+
 def test_another_recipe_is_refused_key_by_key(tmp_path: Path) -> None:
     model, optimizer = trained()
     Checkpoints(tmp_path, identity=IDENTITY).save(model, optimizer, Cursor(1))

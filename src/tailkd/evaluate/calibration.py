@@ -53,18 +53,22 @@ class Ece:
     """Expected calibration error of the most probable token: ``sum |bin| / n * |accuracy - confidence|``, 15 bins."""
 
     def __init__(self, bins: int = 15) -> None:
-        self.gap = torch.zeros(bins, dtype=torch.float64)
-        self.count = 0
+        self.sums = torch.zeros(3, bins, dtype=torch.float64)  # count, confidence, hits
 
     def update(self, probabilities: Tensor, labels: Tensor) -> None:
         confidence, answer = probabilities.max(-1)
-        gap = torch.zeros(len(self.gap), dtype=torch.float64, device=confidence.device)
-        gap.index_add_(0, _bin(confidence.double(), len(gap)), (answer == labels).double() - confidence.double())
-        self.gap += gap.cpu()
-        self.count += len(labels)
+        confidence, bins = confidence.double(), self.sums.shape[1]
+        columns = torch.stack([torch.ones_like(confidence), confidence, (answer == labels).double()])
+        sums = torch.zeros(3, bins, dtype=torch.float64, device=confidence.device)
+        self.sums += sums.index_add_(1, _bin(confidence, bins), columns).cpu()
 
     def value(self) -> float:
-        return float(self.gap.abs().sum()) / max(self.count, 1)
+        count, confidence, hits = self.sums
+        return float((hits - confidence).abs().sum() / count.sum().clamp_min(1))
+
+    def reliability(self) -> list[list[float]]:
+        """``[mean confidence, accuracy, count]`` of every bin that holds something."""
+        return [[c / n, h / n, n] for n, c, h in self.sums.T.tolist() if n]
 
 
 def _bin(probabilities: Tensor, bins: int) -> Tensor:

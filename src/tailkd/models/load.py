@@ -39,6 +39,15 @@ def load_config(role: str, model: str, *, revision: str | None = None, remote_co
         raise _unreadable(role, model, "configuration", error) from error
 
 
+def count_parameters(config: Any) -> int:
+    """Parameters of a model with this configuration, without making it."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(p.numel() for p in model.parameters())
+
+
 def load_tokenizer(role: str, model: str, *, revision: str | None = None, remote_code: bool = False) -> Any | None:
     """The model's tokenizer; None for a folder that holds none."""
     from transformers import AutoTokenizer

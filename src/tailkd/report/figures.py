@@ -1,33 +1,158 @@
-"""Charts as SVG text."""
+"""Charts as SVG text, narrow enough to stay readable on a phone; colours of axes and text follow the page."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from tailkd.report.record import Run
 
-COLOURS = ("#4269d0", "#efb118", "#ff725c", "#3ca951", "#a463f2", "#9c6b4e", "#97bbf5", "#6cc5b0")
+COLOURS = ("#2a78d6", "#c2571a", "#1a8f5c", "#a24fc4", "#d0417e", "#8a7a00", "#3c8f9e", "#7d6a58")
+DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
+INK = "#010203"  # replaced by currentColor
+LEAST_IN_A_BIN = 30
+SIZE = (4.0, 2.9)  # inches; 384 CSS pixels wide
 
 
-def heldout_curve(runs: Sequence[Run], measure: str = "kl") -> str:
-    """Held-out `measure` against tokens, one line per run."""
+@dataclass(frozen=True)
+class Chart:
+    """A drawing, its title, and what it shows in words."""
+
+    title: str
+    svg: str
+    words: str
+
+
+def charts(runs: Sequence[Run]) -> list[Chart]:
+    """Every chart these runs have data for."""
+    drawn = [
+        _over_tokens(runs, "kl", "Held-out KL(T||S)"),
+        _over_tokens(runs, "cross_entropy", "Held-out cross-entropy"),
+        _over_tokens(runs, "head_kl", "Head part of the held-out KL"),
+        _over_tokens(runs, "tail_kl", "Tail part of the held-out KL"),
+        _tail_mass(runs),
+        _reliability(runs),
+    ]
+    return [chart for chart in drawn if chart is not None]
+
+
+def _over_tokens(runs: Sequence[Run], measure: str, title: str) -> Chart | None:
+    series = {
+        run.name: [(r["tokens_trained"], r[measure]) for r in run.evaluations() if r["role"] == "student"]
+        for run in runs
+    }
+    series = {name: points for name, points in series.items() if all(value is not None for _, value in points)}
+    if not series:
+        return None
+
+    def draw(axes: Any) -> None:
+        for number, (name, points) in enumerate(series.items()):
+            axes.plot(*zip(*points, strict=True), label=name, **_style(number))
+        teacher = runs[0].evaluation["teacher"]
+        if measure == "cross_entropy" and teacher is not None:
+            axes.axhline(teacher[measure], color=INK, linewidth=0.8)
+            axes.annotate("teacher", (0, teacher[measure]), fontsize=8, color=INK, va="bottom")
+        elif measure != "cross_entropy":
+            axes.set_ylim(bottom=0)
+        axes.set_xlabel("tokens trained")
+        axes.set_ylabel("nats per token")
+        axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+
+    ends = ", ".join(f"{name} {points[-1][1]:.4f}" for name, points in series.items())
+    return Chart(
+        f"{title} against tokens", _svg(draw), f"{title} against tokens trained; at the end {ends} nats per token."
+    )
+
+
+def _tail_mass(runs: Sequence[Run]) -> Chart:
+    models = {run.name: run.evaluation["student"] for run in runs}
+    teacher = runs[0].evaluation["teacher"]
+
+    def draw(axes: Any) -> None:
+        for number, (name, measures) in enumerate(models.items()):
+            axes.plot(*_points(measures), label=name, marker="o", markersize=3, **_style(number))
+        if teacher is not None:
+            axes.plot(*_points(teacher), label="teacher", marker="s", markersize=3, color=INK, linewidth=1.6)
+        axes.set_xscale("log")
+        axes.set_xticks(sizes := [int(k) for k in next(iter(models.values()))["tail_mass"]], [str(k) for k in sizes])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("K")
+        axes.set_ylabel("mass outside the teacher's top K")
+
+    shown = {**models, **({"teacher": teacher} if teacher else {})}
+    ends = ", ".join(f"{name} {measures['tail_mass']['10']:.3f}" for name, measures in shown.items())
+    return Chart(
+        "Tail mass against K", _svg(draw), f"Probability mass outside the teacher's K first ids; at K = 10 {ends}."
+    )
+
+
+def _points(measures: dict[str, Any]) -> tuple[list[int], list[float]]:
+    return [int(k) for k in measures["tail_mass"]], list(measures["tail_mass"].values())
+
+
+def _reliability(runs: Sequence[Run]) -> Chart:
+    teacher = runs[0].heldout["teacher"]
+
+    def draw(axes: Any) -> None:
+        axes.plot([0, 1], [0, 1], color=INK, linewidth=0.6)
+        for number, run in enumerate(runs):
+            axes.plot(*_reliable(run.heldout["student"]), label=run.name, **_style(number))
+        if teacher is not None:
+            axes.plot(*_reliable(teacher), label="teacher", color=INK, linewidth=1.6)
+        axes.set_xlabel("confidence of the first choice")
+        axes.set_ylabel("how often it is right")
+
+    ends = ", ".join(f"{run.name} {100 * run.evaluation['student']['ece']:.2f} %" for run in runs)
+    return Chart(
+        "Calibration of the first choice",
+        _svg(draw),
+        f"Accuracy against confidence; expected calibration error {ends}.",
+    )
+
+
+def _reliable(heldout: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Confidence and accuracy of the bins with enough predictions to speak of."""
+    points = [point for point in heldout["reliability"] if point[2] >= LEAST_IN_A_BIN]
+    return [point[0] for point in points], [point[1] for point in points]
+
+
+def _style(number: int) -> dict[str, Any]:
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)], "linewidth": 1.6}
+
+
+def _short(value: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
+
+
+def _svg(draw: Callable[[Any], None]) -> str:
+    import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    for number, run in enumerate(runs):
-        points = [(r["tokens_trained"], r[measure]) for r in run.evaluations() if r.get(measure) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=run.name, color=COLOURS[number % len(COLOURS)], linewidth=1.6)
-    axes.set_xlabel("tokens trained")
-    axes.set_ylabel("held-out KL(T||S), nats per token" if measure == "kl" else f"held-out {measure.replace('_', ' ')}")
-    axes.set_ylim(bottom=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    if axes.has_data():
-        axes.legend(frameon=False)
-    buffer = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "tailkd",
+        "font.size": 9,
+        "font.family": "sans-serif",
+    }
+    ink = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+    with matplotlib.rc_context({**settings, **ink}):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        buffer = io.StringIO()
+        figure.patch.set_alpha(0)
+        axes.patch.set_alpha(0)
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    return text[text.index("<svg") :].replace(INK, "currentColor")

@@ -50,6 +50,25 @@ class Run:
         path = self.folder / "evaluation.json"
         if not path.is_file():
             raise Refusal(f"{self.folder} has no evaluation.json yet: run `tailkd distill` on its recipe to the end")
+        return self._json("evaluation.json")
+
+    @cached_property
+    def heldout(self) -> dict[str, Any]:
+        """heldout.json: for each role its measures, sums per held-out row and reliability."""
+        return self._json("heldout.json")
+
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        """data.json: documents and tokens on both sides of the split, skipped records."""
+        return self._json("data.json")
+
+    @cached_property
+    def samples(self) -> dict[str, Any]:
+        """samples.json: what student and teacher write after one prompt."""
+        return self._json("samples.json")
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
         return checked(json.loads(path.read_text()), path)
 
     @cached_property
@@ -67,6 +86,14 @@ class Run:
     def evaluations(self) -> list[dict[str, Any]]:
         """Held-out measures over the run, from the untrained student to the last."""
         return [record for record in self.metrics if record["kind"] == "evaluation"]
+
+
+def flattened(values: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flattened(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
+    return flat
 
 
 def checked(content: dict[str, Any], path: Path) -> dict[str, Any]:
