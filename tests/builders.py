@@ -91,8 +91,8 @@ def numbered_store(lengths: list[int]) -> SimpleNamespace:
     return SimpleNamespace(tokens=np.arange(10, 10 + offsets[-1]), offsets=offsets)
 
 
-def fresh_python(code: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
+def fresh_python(code: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run code in a new interpreter."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=240)
     assert not check or done.returncode == 0, done.stderr
     return done

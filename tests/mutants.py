@@ -1,4 +1,4 @@
-"""Ten deliberate faults, applied one at a time; each must turn the tests red.
+"""Deliberate faults, applied one at a time; each must turn the tests red.
 
 Run: python tests/mutants.py (`make mutants`). Prints which test caught which fault; exits 1 if one was not caught.
 """
@@ -34,6 +34,34 @@ MUTANTS = (
         "split.head_kl + weight * split.tail_kl",
         "split.head_kl - weight * split.tail_kl",
         "tests/objective",
+    ),
+    Mutant(
+        "sign of the tail term, chunked",
+        "objective/blocks.py",
+        "addcmul_(student, (weights.tail_scale / sum_s).to(wide))",
+        "addcmul_(student, (-weights.tail_scale / sum_s).to(wide))",
+        "tests/objective/test_chunked.py",
+    ),
+    Mutant(
+        "mean tail mass over all rows, chunked",
+        "objective/chunked.py",
+        "objective, log_mean = work.objective, work.log_mean[work.group[start:stop]]",
+        "objective, log_mean = work.objective, work.log_mean.exp().mean().log().expand(stop - start)",
+        "tests/objective/test_chunked.py",
+    ),
+    Mutant(
+        "teacher and student swapped, chunked",
+        "objective/chunked.py",
+        "_divergence_block(work, (s, t, buffers[2]),",
+        "_divergence_block(work, (t, s, buffers[2]),",
+        "tests/objective/test_chunked.py",
+    ),
+    Mutant(
+        "tail mass as 1 - sum, chunked",
+        "objective/blocks.py",
+        "return shift, log_sum, head - log_sum, tail - log_sum",
+        "return shift, log_sum, head - log_sum, (1 - (head - log_sum).exp().sum(1, keepdim=True)).log()",
+        "tests/objective/test_chunked.py",
     ),
     Mutant(
         "mask dropped in the mean tail mass",

@@ -17,7 +17,8 @@ SIGNATURES = {
     "decoupled_kd": "(student_logits, teacher_logits, labels, *, dkd_alpha=1.0, dkd_beta=8.0, mask=None, "
     "temperature=1.0)",
     "distill": "(recipe, *, fresh=False, **overrides)",
-    "distillation_loss": "(student, teacher, labels, *, objective, segments=None, token_weights=None, impl='auto')",
+    "distillation_loss": "(student, teacher, labels, *, objective, segments=None, token_weights=None, impl='auto', "
+    "layout=None)",
     "forward_kl": "(student_logits, teacher_logits, *, mask=None, temperature=1.0)",
     "full_ece": "(probabilities, labels, *, bins=10)",
     "ghost_token_kl": "(student_logits, teacher_logits, *, top_k=10, mask=None, temperature=1.0)",

@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 from tailkd import recipe_file
 from tailkd.errors import Refusal
 from tailkd.objective import Objective
-from tailkd.objective.loss import DIVERGENCES
+from tailkd.objective.settings import DIVERGENCES
 from tailkd.recipe import Divergence, ObjectiveSection, Recipe
 
 HEAD = """\

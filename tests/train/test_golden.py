@@ -19,7 +19,7 @@ from tailkd.data.batches import Batches
 from tailkd.data.packing import Rows
 from tailkd.models.head import SplitModel
 from tailkd.objective import Objective
-from tailkd.objective.loss import DIVERGENCES
+from tailkd.objective.settings import DIVERGENCES
 from tailkd.teacher.live import LiveTeacher
 from tailkd.train.optim import Schedule, build_optimizer
 from tailkd.train.step import train_step

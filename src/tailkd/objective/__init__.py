@@ -12,7 +12,8 @@ from tailkd.objective.divergences import (
     total_variation,
 )
 from tailkd.objective.head import Head
-from tailkd.objective.loss import Loss, Objective, distillation_loss
+from tailkd.objective.loss import Loss, distillation_loss
+from tailkd.objective.settings import Objective
 from tailkd.objective.tally import Tally
 
 __all__ = [

@@ -82,10 +82,10 @@ def _renormalised(log_p: Tensor, log_mass: Tensor, head: Tensor, empty: Tensor) 
     return (log_p - log_mass).masked_fill(head | empty.unsqueeze(-1), NEGATIVE_INFINITY)
 
 
-def top_k_mask(log_p: Tensor, top_k: int) -> Tensor:
-    """True at the `top_k` most probable ids of each position (ties as `torch.topk` breaks them)."""
-    ids = log_p.topk(min(top_k, log_p.shape[-1]), dim=-1).indices
-    return torch.zeros_like(log_p, dtype=torch.bool).scatter(-1, ids, True)
+def top_k_mask(logits: Tensor, top_k: int) -> Tensor:
+    """True at the ids of the `top_k` largest logits of each position (ties as `torch.topk` breaks them)."""
+    ids = logits.topk(min(top_k, logits.shape[-1]), dim=-1).indices
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, ids, True)
 
 
 def log_mean_tail_mass(log_tail_mass: Tensor, mask: Tensor, segments: Tensor | None) -> Tensor:
@@ -152,7 +152,7 @@ def tail_aware_divergence(
     checks.at_least("top_k", top_k, 1)
     checks.at_least("beta", beta, 0.0)
     log_p, log_q = pair(student_logits, teacher_logits, temperature)
-    split = split_kl(log_p, log_q, top_k_mask(log_p, top_k))
+    split = split_kl(log_p, log_q, top_k_mask(teacher_logits, top_k))
     log_mean = log_mean_tail_mass(split.log_tail_mass, mask, segments)
     return tail_aware_values(split, log_mean, mask, beta=beta, floor=tail_mass_floor, temperature=temperature)
 

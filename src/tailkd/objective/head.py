@@ -55,7 +55,7 @@ class Head:
         bias = None if self.bias is None else self.bias.to(self.hidden.dtype)
         logits = F.linear(self.hidden, weight, bias)
         if self.scale != 1.0:
-            logits = _scaled(logits, self.scale)
+            logits = scaled(logits, self.scale)
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
@@ -68,7 +68,8 @@ class Head:
         return Head(self.hidden, self.weight[:usable], bias, self.scale, self.softcap)
 
 
-def _scaled(logits: Tensor, scale: float) -> Tensor:
+def scaled(logits: Tensor, scale: float) -> Tensor:
+    """``scale * logits``, as the family that published the scale computes it."""
     # Families that publish a divisor divide; x / 6 and x * (1 / 6) differ in the last bit.
     divisor = 1.0 / scale
     return logits / divisor if abs(divisor - round(divisor)) < 1e-9 * abs(divisor) else logits * scale

@@ -10,53 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tailkd.objective import checks, divergences
+from tailkd.objective.chunked import PARTS, chunked_sums
 from tailkd.objective.head import Head
+from tailkd.objective.layout import Layout, layout_of
+from tailkd.objective.settings import TOP_K_DIVERGENCES, Objective
 from tailkd.objective.tally import Tally
 
-DIVERGENCES = (
-    "none",
-    "forward_kl",
-    "reverse_kl",
-    "tail_aware",
-    "jensen_shannon",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "total_variation",
-    "decoupled_kd",
-    "ghost_token_kl",
-)
-SPLIT_DIVERGENCES = ("tail_aware", "ghost_token_kl")
-IMPLEMENTATIONS = ("auto", "reference")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Objective:
-    """``clm_weight * CLM + divergence_weight * divergence`` per token; `divergence` is one of `DIVERGENCES`."""
-
-    divergence: str = "tail_aware"
-    top_k: int = 10
-    beta: float = 2.0
-    temperature: float = 1.0
-    clm_weight: float = 1.0
-    divergence_weight: float = 1.0
-    jsd_beta: float = 0.5
-    skew: float = 0.1
-    dkd_alpha: float = 1.0
-    dkd_beta: float = 8.0
-    tail_mass_floor: float = 1e-6
-
-    def __post_init__(self) -> None:
-        checks.one_of("divergence", self.divergence, DIVERGENCES)
-        checks.at_least("top_k", self.top_k, 1)
-        checks.positive("temperature", self.temperature)
-        for name in ("beta", "clm_weight", "divergence_weight", "dkd_alpha", "dkd_beta", "tail_mass_floor"):
-            checks.at_least(name, getattr(self, name), 0.0)
-        for name in ("jsd_beta", "skew"):
-            checks.within(name, getattr(self, name), 0.0, 1.0)
-
-    @property
-    def needs_teacher(self) -> bool:
-        return self.divergence != "none"
+IMPLEMENTATIONS = ("auto", "chunked", "reference")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +44,7 @@ def distillation_loss(
     segments: Tensor | None = None,
     token_weights: Tensor | None = None,
     impl: str = "auto",
+    layout: Layout | None = None,
 ) -> Loss:
     """Sum over valid positions of cross-entropy and divergence, with gradient to the student alone.
 
@@ -104,7 +65,9 @@ def distillation_loss(
         labels: (batch, sequence), already shifted: ``labels[b, t]`` is what position t predicts; -100 is ignored.
         segments: (batch, sequence) document ids, for a mean tail mass per document instead of per row.
         token_weights: (batch, sequence) factor on each position's loss; the count stays that of valid positions.
-        impl: "reference" (eager, dense logits) or "auto".
+        impl: "chunked" (any device, no dense logits), "reference" (eager, dense logits: the oracle), or "auto".
+        layout: where the valid positions lie, if the host knows (`Batch.layout`); else it is read off the labels, which
+            waits for a GPU.
 
     Raises:
         ValueError: a teacher that is missing, vocabularies or shapes that differ, an unknown `impl`.
@@ -121,7 +84,28 @@ def distillation_loss(
                 f"the teacher has {teacher.vocabulary_size:,} vocabulary rows, the student "
                 f"{student.vocabulary_size:,}; expected one vocabulary: slice padded rows off with Head.narrow(usable)"
             )
-    return _reference(student, teacher, labels, objective, segments, token_weights)
+    if impl == "reference":
+        return _reference(student, teacher, labels, objective, segments, token_weights)
+    return _chunked(student, teacher, labels, objective, layout or layout_of(labels, segments), token_weights)
+
+
+def _chunked(
+    student: Head,
+    teacher: Head | None,
+    labels: Tensor,
+    objective: Objective,
+    layout: Layout,
+    token_weights: Tensor | None,
+) -> Loss:
+    teacher = teacher if objective.needs_teacher else None
+    total, sums, floored = chunked_sums(student, teacher, labels, objective, layout, token_weights)
+    names = ["loss", "clm", *(["divergence"] if objective.needs_teacher else [])]
+    if objective.divergence in TOP_K_DIVERGENCES:
+        names += ["head_kl", "tail_kl", "tail_mass"]
+    parts = {name: Tally(sums[PARTS.index(name)], layout.count) for name in names}
+    if objective.divergence == "tail_aware":
+        parts["floored_rows"] = Tally(floored, 1)
+    return Loss(total, layout.count, parts)
 
 
 def _reference(
@@ -141,7 +125,7 @@ def _reference(
     if objective.needs_teacher and teacher is not None:
         with torch.no_grad():
             teacher_logits = teacher.logits()
-        of = _split_divergence if objective.divergence in SPLIT_DIVERGENCES else _plain_divergence
+        of = _split_divergence if objective.divergence in TOP_K_DIVERGENCES else _plain_divergence
         values["divergence"], parts = of(student_logits, teacher_logits, labels, objective, segments)
     weights = {"clm": objective.clm_weight, "divergence": objective.divergence_weight}
     total = torch.stack([weights[name] * value for name, value in values.items()]).sum(0)
@@ -171,7 +155,7 @@ def _split_divergence(
     """The divergence, and of it: head and tail part of the KL at its temperature, tail mass, rows under the floor."""
     mask, floor = labels != -100, objective.tail_mass_floor
     log_p, log_q = divergences.pair(student_logits, teacher_logits, objective.temperature)
-    split = divergences.split_kl(log_p, log_q, divergences.top_k_mask(log_p, objective.top_k))
+    split = divergences.split_kl(log_p, log_q, divergences.top_k_mask(teacher_logits, objective.top_k))
     log_mean = divergences.log_mean_tail_mass(split.log_tail_mass, mask, segments)
     beta = objective.beta if objective.divergence == "tail_aware" else 0.0
     values = divergences.tail_aware_values(
@@ -185,4 +169,5 @@ def _split_divergence(
         return Tally(part.detach().masked_fill(~mask, 0.0).sum(), count)
 
     parts = {"head_kl": split.head_kl, "tail_kl": tail_mass * split.tail_kl, "tail_mass": tail_mass}
-    return values, {**{name: tally(part) for name, part in parts.items()}, "floored_rows": Tally(floored, 1)}
+    extra = {"floored_rows": Tally(floored, 1)} if objective.divergence == "tail_aware" else {}
+    return values, {**{name: tally(part) for name, part in parts.items()}, **extra}

@@ -10,6 +10,7 @@ import torch
 from tailkd.data.batches import Batch
 from tailkd.models.head import SplitModel
 from tailkd.objective import Head, Objective, Tally, distillation_loss
+from tailkd.objective.layout import with_sequences
 from tailkd.objective.tally import add
 
 Teacher = Callable[[Batch], Head]
@@ -40,7 +41,8 @@ def accumulate_gradients(
     for micro in batch.micro_batches(micro_batch_size):
         micro = micro.to(student.device)
         signal = teacher(micro) if teacher is not None and objective.needs_teacher else None
-        loss = distillation_loss(student(micro.input_ids), signal, micro.labels, objective=objective)
+        layout = with_sequences(micro.valid, micro.row_borders, micro.labels.shape[1], None)
+        loss = distillation_loss(student(micro.input_ids), signal, micro.labels, objective=objective, layout=layout)
         loss.mean(batch.count).backward()
         parts = add(parts, loss.parts)
     return parts
