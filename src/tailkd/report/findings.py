@@ -87,7 +87,7 @@ def _interval(gap: Gap) -> str:
 def _seeds(runs: Sequence[Run]) -> str:
     seeds = {run.recipe["training"]["seed"] for run in runs}
     if len(seeds) == 1:
-        return "one training seed each, so the noise of training is not in it."
+        return "one training seed each: another seed may change the order."
     return f"{len(seeds)} training seeds among the runs."
 
 
