@@ -18,7 +18,7 @@ test-all: $(VENV)/all.stamp  ## those, the slow ones, and those of every extra
 test-browser: $(VENV)/browser.stamp  ## the demo's page in Debian's chromium; after `make demo`
 	$(BIN)/python -m pytest tests/browser
 
-mutants: $(VENV)/dev.stamp  ## ten deliberate faults, and the test that catches each
+mutants: $(VENV)/dev.stamp  ## deliberate faults, and the test that catches each
 	$(BIN)/python tests/mutants.py
 
 check: $(VENV)/dev.stamp  ## formatting, lint, types, the direction of imports
@@ -33,6 +33,7 @@ format: $(VENV)/dev.stamp
 
 bench: $(VENV)/bench.stamp  ## measured rows into benchmarks/results
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/objective.py --dtype float32
 
 docs: $(VENV)/docs.stamp  ## HTML in docs/_build
 	$(BIN)/sphinx-build -q -W -b html docs docs/_build

@@ -93,23 +93,6 @@ def competitors(case: Case) -> dict[str, Step]:
     found: dict[str, Step] = {"bare products": case.products}
     found |= {f"tailkd {name}": lambda name=name: case.ours(name) for name in OURS}
     found |= {"eager TAD": case.eager_tad, "eager F.kl_div": case.eager_kl}
-    return found | rivals(case)
-
-
-def rivals(case: Case) -> dict[str, Step]:
-    """Other people's fused losses, where they can be imported; without the cross-entropy that ours includes."""
-    found: dict[str, Step] = {}
-    try:
-        from trl.trainer.distillation_trainer import _chunked_divergence_loss as chunked  # type: ignore[import-not-found]
-
-        def trl() -> None:
-            head = case.teacher
-            loss = chunked(case.hidden, case.weight, head.hidden, head.weight, case.labels, beta=0.0)
-            (loss[0] if isinstance(loss, tuple) else loss).backward()
-
-        found["TRL chunked KL"] = trl
-    except ImportError as error:
-        print(f"left out: TRL chunked KL ({error})")
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,9 @@ def numbered_store(lengths: list[int]) -> SimpleNamespace:
 
 def fresh_python(code: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run code in a new interpreter."""
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=240)
+    # A fixed threshold: glibc otherwise learns to keep large freed blocks, and peaks would depend on chance.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"}
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert not check or done.returncode == 0, done.stderr
     return done

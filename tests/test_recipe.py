@@ -55,6 +55,7 @@ def test_only_what_is_required(tmp_path: Path) -> None:
 def test_a_resolved_recipe_reads_the_same(recipe: dict[str, Any], tmp_path: Path) -> None:
     first = recipe_file.read(recipe)
     recipe_file.write(first, tmp_path / "resolved.yaml")
+    assert (tmp_path / "resolved.yaml").read_text().startswith(recipe_file.HEADER + "\n")
     again = recipe_file.read(tmp_path / "resolved.yaml")
     assert again.resolved() == first.resolved()
     kl = {**recipe, "objective": {"divergence": "forward_kl"}}

@@ -102,7 +102,8 @@ def _refuse_device(recipe: Recipe, device: torch.device) -> None:
 def _run_bytes(recipe: Recipe) -> int:
     """Bytes of a run's checkpoints (weights and two moments, one more than are kept) and of its student."""
     options = {"revision": recipe.student.revision, "remote_code": recipe.student.remote_code}
-    parameters = load.count_parameters(load.load_config("student", recipe.student.model, **options))
+    config = load.load_config("student", recipe.student.model, **options)
+    parameters = load.count_parameters(config, remote_code=recipe.student.remote_code)
     return 4 * parameters * (3 * (recipe.training.keep_checkpoints + 1) + 1)
 
 
@@ -220,7 +221,7 @@ def _refuse_split(train_rows: Rows, heldout_rows: Rows) -> None:
                 f"no token is left to {name}: {len(rows.documents):,} documents with {rows.tokens:,} tokens; give more "
                 "text, or documents that are not all held out as well"
             )
-    if heldout_rows.tokens > train_rows.tokens:
+    if heldout_rows.store is not train_rows.store and heldout_rows.tokens > train_rows.tokens:
         raise Refusal(
             f"data.heldout has {heldout_rows.tokens:,} tokens, more than the {train_rows.tokens:,} to train on; hold "
             "fewer out (the two may have been exchanged)"

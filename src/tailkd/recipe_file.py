@@ -81,6 +81,7 @@ def schema() -> dict[str, Any]:
 def write(recipe: Recipe, path: Path) -> None:
     """The resolved recipe as YAML, readable again."""
     with path.open("w", encoding="utf-8") as file:
+        file.write(f"{HEADER}\n")
         _yaml().dump(recipe.resolved(), file)
 
 

@@ -124,8 +124,7 @@ def test_errors_are_those_of_eager_code(dtype: torch.dtype, least: float) -> Non
             total[0], total[1] = total[0] + pair[0], total[1] + pair[1]
             if dtype == torch.float32 and pair[0] > max(least, 1.1 * pair[1]):
                 beyond.append((seed, name, pair, case[1].divergence))
-                assert pair[0] < 5e-6, beyond
-    assert len(beyond) <= 0.005 * 4 * CASES, beyond
+    assert not beyond
     for name, (ours_sum, eager_sum) in sums.items():
         assert ours_sum <= 1.1 * eager_sum + CASES * least * (dtype == torch.float32), (name, ours_sum, eager_sum)
 
@@ -266,8 +265,8 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary() -> None:
     positions, vocabulary = 4096, 8000
     dense = 4 * positions * vocabulary
     inputs = 4 * positions * 16 * 4  # hidden states of both sides, the gradient, and the packed copies
-    # 32 MB of chunks, what the products pack, and up to 17 MB that the allocator keeps: 51 or 69 MB, against 131 a side
-    assert grown(positions, vocabulary) < 0.65 * dense + inputs
+    # 32 MB of chunks and what the products pack, against 131 MB a side
+    assert grown(positions, vocabulary) < 0.45 * dense + inputs
     assert grown(positions, vocabulary, planted=True) > dense  # the measure sees such a buffer
 
 

@@ -39,12 +39,12 @@ def load_config(role: str, model: str, *, revision: str | None = None, remote_co
         raise _unreadable(role, model, "configuration", error) from error
 
 
-def count_parameters(config: Any) -> int:
+def count_parameters(config: Any, *, remote_code: bool = False) -> int:
     """Parameters of a model with this configuration, without making it."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=remote_code)
     return sum(p.numel() for p in model.parameters())
 
 

@@ -191,9 +191,9 @@ def whole_block(
     chain through the softmax is ``q * (slope - (q * slope).sum())`` for ``slope = d value / d q``.
     """
     shift = student.amax(1, keepdim=True)
-    log_sum = student.sub_(shift).logsumexp(1, keepdim=True)
+    log_sum = _log_sum(student.sub_(shift))
     teacher.sub_(teacher.amax(1, keepdim=True))
-    log_q, log_p = student.sub_(log_sum), teacher.sub_(teacher.logsumexp(1, keepdim=True))
+    log_q, log_p = student.sub_(log_sum), teacher.sub_(_log_sum(teacher))
     value, slope = of(log_q, log_p, setting)
     q = log_q.exp()
     # Relative to the likeliest id first: where q is nearly one-hot the difference below would cancel.
@@ -201,6 +201,11 @@ def whole_block(
     slope = slope.sub_((q * slope).sum(1, keepdim=True)).mul_(weights[1])
     torch.mul(q, slope.add_(weights[0]), out=student)
     return value, shift, log_sum
+
+
+def _log_sum(shifted: Tensor) -> Tensor:
+    """logsumexp of rows whose largest entry is 0, (rows, 1) in float64: its error is shared by the whole row."""
+    return shifted.exp().sum(1, keepdim=True, dtype=torch.float64).log()
 
 
 def clm_block(student: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

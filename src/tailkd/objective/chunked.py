@@ -116,10 +116,9 @@ def chunked_sums(
     objective: Objective,
     layout: Layout,
     token_weights: Tensor | None,
-    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss with its gradient; sums of `PARTS`; rows under the floor. See `loss.distillation_loss`."""
-    rest = (student, teacher, labels, objective, layout, token_weights, chunk_bytes)
+    rest = (student, teacher, labels, objective, layout, token_weights)
     return _Chunked.apply(student.hidden, student.weight, student.bias, rest)  # pyright: ignore[reportReturnType]
 
 
@@ -130,9 +129,9 @@ class _Chunked(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         needs = ctx.needs_input_grad[:3]
         with torch.autocast(hidden.device.type, enabled=False):
-            work = _work(*rest[:-1], gradient=any(needs))
+            work = _work(*rest, gradient=any(needs))
             gradients = _Gradients.like(work, hidden, weight, bias, needs)
-            _run(work, gradients, rest[-1])
+            _run(work, gradients)
         ctx.save_for_backward(*gradients.finished(hidden, work.layout))
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
         parts = _totals(work)
@@ -229,8 +228,8 @@ class _Gradients:
         return spread, self.weight, self.bias
 
 
-def _run(work: Work, gradients: _Gradients, chunk_bytes: int | None) -> None:
-    budget = chunk_bytes or CHUNK_BYTES.get(work.labels.device.type, CHUNK_BYTES["cuda"])
+def _run(work: Work, gradients: _Gradients) -> None:
+    budget = CHUNK_BYTES.get(work.labels.device.type, CHUNK_BYTES["cuda"])
     itemsize = work.student.hidden.element_size() + (work.teacher.hidden.element_size() if work.teacher else 0)
     limit = max(1, budget // (itemsize * work.student.weight.shape[0]))
     pieces = list(work.layout.pieces(limit))
