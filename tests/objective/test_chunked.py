@@ -2,85 +2,18 @@
 
 from __future__ import annotations
 
-import random
-from typing import Any
-
 import builders
 import pytest
 import torch
+from draws import draw, error, loss_and_gradients, small
 from torch import Tensor
 from torch.testing import assert_close
 
 import tailkd
-from tailkd.objective import chunked
+from tailkd.objective import blockwise, chunked
 from tailkd.objective.settings import DIVERGENCES
 
 CASES = 260
-
-
-def draw(seed: int) -> tuple[dict[str, Any], tailkd.Objective, dict[str, Tensor | None]]:
-    """Tensors of two heads with labels, an objective, and options; each regime of shapes and logits comes up."""
-    generator, choose = torch.Generator().manual_seed(seed), random.Random(seed)
-    rows, length = choose.randint(1, 4), choose.randint(1, 9)
-    vocabulary = choose.choice([2, 3, 11, 64, 300])
-
-    def normal(*size: int, scale: float = 1.0) -> Tensor:
-        return scale * torch.randn(size, generator=generator, dtype=torch.float64)
-
-    tensors: dict[str, Any] = {
-        "hidden": normal(rows, length, 6),
-        "weight": normal(vocabulary, 6),
-        "bias": normal(vocabulary) if choose.random() < 0.5 else None,
-        "teacher_hidden": normal(rows, length, 10),
-        "teacher_weight": normal(vocabulary, 10, scale=choose.choice([0.3, 1.0, 15.0])),  # 15: a range of about 200
-        "teacher_bias": None,
-        "scale": choose.choice([1.0, 1.0, 0.3, 1 / 6]),
-        "softcap": choose.choice([None, None, 30.0, 3.0]),
-    }
-    if vocabulary > 11 and choose.random() < 0.3:  # padded rows, -inf on both sides
-        for name in ("bias", "teacher_bias"):
-            tensors[name] = normal(vocabulary) if tensors[name] is None else tensors[name]
-            tensors[name][-5:] = float("-inf")
-        tensors["softcap"] = None
-    usable = vocabulary - 5 * (tensors["teacher_bias"] is not None)
-    labels = torch.randint(usable, (rows, length), generator=generator)
-    labels[torch.rand(labels.shape, generator=generator) < choose.choice([0.0, 0.5, 0.75])] = -100
-    objective = tailkd.Objective(
-        divergence=DIVERGENCES[seed % len(DIVERGENCES)],
-        top_k=choose.choice([1, 2, 7, usable - 1, usable, vocabulary, vocabulary + 3]),
-        beta=choose.choice([0.5, 2.0]),
-        temperature=choose.choice([1.0, 1.0, 2.0]),
-        clm_weight=choose.choice([0.0, 1.0, 0.7]),
-        divergence_weight=choose.choice([1.0, 2.0]),
-        jsd_beta=choose.choice([0.0, 0.3, 0.5, 1.0]),
-        tail_mass_floor=choose.choice([0.0, 1e-6, 0.2]),
-    )
-    segments = torch.randint(3, (rows, length), generator=generator).sort(1).values
-    options: dict[str, Tensor | None] = {
-        "labels": labels,
-        "segments": segments if choose.random() < 0.4 else None,
-        "token_weights": torch.rand((rows, length), generator=generator) if choose.random() < 0.3 else None,
-    }
-    return tensors, objective, options
-
-
-def loss_and_gradients(
-    case: tuple[dict[str, Any], tailkd.Objective, dict[str, Tensor | None]], dtype: torch.dtype, impl: str
-) -> tuple[tailkd.objective.Loss, dict[str, Tensor]]:
-    tensors, objective, options = case
-    cast = {name: t.detach().to(dtype) if isinstance(t, Tensor) else t for name, t in tensors.items()}
-    leaves = {name: cast[name].requires_grad_() for name in ("hidden", "weight", "bias") if cast[name] is not None}
-    student = tailkd.Head(cast["hidden"], cast["weight"], cast["bias"], cast["scale"], cast["softcap"])
-    teacher = tailkd.Head(cast["teacher_hidden"], cast["teacher_weight"], cast["teacher_bias"], 1.0, cast["softcap"])
-    loss = tailkd.distillation_loss(student, teacher, objective=objective, impl=impl, **options)  # type: ignore[arg-type]
-    (1.7 * loss.sum).backward()
-    return loss, {"value": loss.sum.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
-
-
-def error(found: Tensor, truth: Tensor) -> float:
-    finite = torch.isfinite(truth)
-    assert torch.isfinite(found[finite]).all()
-    return float((found[finite].double() - truth[finite]).norm() / truth[finite].norm().clamp_min(1e-12))
 
 
 @pytest.fixture(params=["one chunk", "many chunks", "rows beyond the budget"])
@@ -88,7 +21,7 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     budgets = {"one chunk": (1 << 30, 1 << 20), "many chunks": (80_000, 5_000), "rows beyond the budget": (1, 3_000)}
     chunk, block = budgets[request.param]
     monkeypatch.setitem(chunked.CHUNK_BYTES, "cpu", chunk)
-    monkeypatch.setattr(chunked, "BLOCK_BYTES", block)
+    monkeypatch.setattr(blockwise, "BLOCK_BYTES", block)
     return request.param
 
 
@@ -144,12 +77,6 @@ def test_gradcheck(divergence: str, chunks: str) -> None:
     bias = torch.randn(tensors["weight"].shape[0], dtype=torch.float64)
     leaves = [t.clone().requires_grad_() for t in (tensors["hidden"], tensors["weight"], bias)]
     assert torch.autograd.gradcheck(total, leaves, atol=1e-7)
-
-
-def small() -> tuple[tailkd.Head, tailkd.Head, Tensor]:
-    torch.manual_seed(0)
-    student = tailkd.Head(torch.randn(2, 5, 4, requires_grad=True), torch.randn(30, 4, requires_grad=True))
-    return student, tailkd.Head(torch.randn(2, 5, 6), torch.randn(30, 6)), torch.randint(30, (2, 5))
 
 
 def test_auto_is_chunked_and_names_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,18 +138,6 @@ def test_inside_autocast_and_activation_checkpointing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory holds NaN, as it may."""
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def fill(tensor: Tensor) -> Tensor:
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
-
-
 def test_fresh_memory_is_never_read(poisoned: None, chunks: str) -> None:
     for seed in range(40):
         case = draw(seed)
@@ -233,9 +148,9 @@ def test_fresh_memory_is_never_read(poisoned: None, chunks: str) -> None:
 
 MEMORY = """
 import sys, torch, tailkd
-from tailkd.objective import chunked
+from tailkd.objective import blockwise, chunked
 torch.set_num_threads(1)
-positions, vocabulary, width, planted = map(int, sys.argv[1:])
+positions, vocabulary, width, planted, impl = *map(int, sys.argv[1:5]), sys.argv[5]
 chunked.CHUNK_BYTES["cpu"] = 32 << 20
 def run(rows):
     hidden = torch.randn(rows, 256, width, requires_grad=True)
@@ -244,7 +159,7 @@ def run(rows):
     labels = torch.randint(vocabulary, (rows, 256))
     extra = torch.ones(rows * 256, vocabulary) if planted else None
     student = tailkd.Head(hidden, weight)
-    tailkd.distillation_loss(student, teacher, labels, objective=tailkd.Objective()).mean().backward()
+    tailkd.distillation_loss(student, teacher, labels, objective=tailkd.Objective(), impl=impl).mean().backward()
 def peak():
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 run(1)
@@ -255,9 +170,9 @@ print(peak() - before)
 """
 
 
-def grown(positions: int, vocabulary: int, *, planted: bool = False) -> int:
+def grown(positions: int, vocabulary: int, *, planted: bool = False, impl: str = "chunked") -> int:
     """Bytes by which the peak of a fresh process grows from 256 positions to these."""
-    arguments = [str(positions), str(vocabulary), "16", str(int(planted))]
+    arguments = [str(positions), str(vocabulary), "16", str(int(planted)), impl]
     return int(builders.fresh_python(MEMORY, *arguments).stdout)
 
 
@@ -275,4 +190,8 @@ def test_memory_is_flat_from_2_048_to_32_768_positions() -> None:
     few, many = grown(2_048, 32_000), grown(32_768, 32_000)
     moving = 4 * 32_768 * 16 * 5
     assert many - moving < 1.1 * few + 8e6
-    assert few < 4 * 8_192 * 32_000 * 8 / 10  # eager keeps 8 such buffers at 8,192 positions
+
+
+@pytest.mark.slow
+def test_memory_is_a_tenth_of_eager_code() -> None:
+    assert grown(8_192, 8_000) < grown(8_192, 8_000, impl="reference") / 10

@@ -84,7 +84,7 @@ def test_nothing_valid_is_zero_with_a_gradient() -> None:
 def test_what_is_refused() -> None:
     student, teacher, labels = heads()
     objective = tailkd.Objective()
-    with pytest.raises(ValueError, match=r"impl is 'fast'; expected one of auto, chunked, reference"):
+    with pytest.raises(ValueError, match=r"impl is 'fast'; expected one of auto, fused, chunked, reference"):
         tailkd.distillation_loss(student, teacher, labels, objective=objective, impl="fast")
     with pytest.raises(ValueError, match=r"needs a teacher"):
         tailkd.distillation_loss(student, None, labels, objective=objective)

@@ -12,13 +12,14 @@ from torch import Tensor
 from tailkd.data.batches import Batch
 from tailkd.evaluate.calibration import Ece, FullEce
 from tailkd.models.head import SplitModel
-from tailkd.objective import Head
-from tailkd.objective.divergences import log_probabilities, split_kl, top_k_mask
+from tailkd.objective import Dense, Head, blocks, rows
+from tailkd.objective.chunked import logits_in_blocks
+from tailkd.objective.layout import with_sequences
 
 TAIL_SIZES = (1, 5, 10, 20)
-CHUNK_BYTES = 64 << 20  # of one side's float32 logits
+BLOCK_BYTES = 16 << 20  # of one side's float32 logits
 
-Signal = Callable[[Batch], Head]
+Signal = Callable[[Batch], Head | Dense]
 
 
 @dataclass(frozen=True)
@@ -47,25 +48,26 @@ def evaluate(
     for its own measures.
     """
     full, top = FullEce(), Ece()
-    rows: list[Tensor] = []  # (rows of a batch, names + 1): sums of the measures, and the number of tokens
+    sums_of_rows: list[Tensor] = []  # (rows of a batch, names + 1): sums of the measures, and the number of tokens
     was_training = student.model.training
     student.model.eval()
     for batch in batches:
         batch = batch.to(student.device)
         student_head = student(batch.input_ids)
         teacher_head = teacher(batch) if teacher is not None else None
+        layout = with_sequences(batch.valid, batch.row_borders, batch.labels.shape[1], None)
         sums = torch.zeros(len(batch), len(_NAMES) + 1, dtype=torch.float64)
-        for positions in _chunks(batch, student_head.vocabulary_size):
-            labels = batch.labels.flatten()[positions]
-            log_q = _log_probabilities(student_head, positions)
-            log_p = log_q if teacher_head is None else _log_probabilities(teacher_head, positions)
-            sums.index_add_(0, positions.cpu() // batch.labels.shape[1], _columns(log_p, log_q, labels, top_k).cpu())
-            probabilities = log_q.exp()
-            full.update(probabilities, labels)
-            top.update(probabilities, labels)
-        rows.append(sums)
+        labels = batch.labels.flatten()[batch.valid.to(student.device)].unsqueeze(1)
+        size = max(1, BLOCK_BYTES // (4 * student_head.vocabulary_size))
+        heads = student_head.to(torch.float32), None if teacher_head is None else teacher_head.to(torch.float32)
+        for place, s, t in logits_in_blocks(*heads, layout, size):
+            columns, probabilities = _measured(s, s.clone() if t is None else t, labels[place], top_k)
+            sums.index_add_(0, batch.valid[place] // batch.labels.shape[1], columns.cpu())
+            full.update(probabilities, labels[place].squeeze(1))
+            top.update(probabilities, labels[place].squeeze(1))
+        sums_of_rows.append(sums)
     student.model.train(was_training)
-    table = torch.cat(rows)
+    table = torch.cat(sums_of_rows)
     measures = _measures(table.sum(0), full.value(), top.value(), alone=teacher is None)
     per_row = {name: table[:, _NAMES.index(name)].tolist() for name in ROW_MEASURES if measures[name] is not None}
     return HeldOut(measures, {"tokens": table[:, -1].tolist(), **per_row}, top.reliability())
@@ -76,46 +78,41 @@ _TEACHER_NAMES = ("kl", "head_kl", "tail_kl", "top1_agreement", "mismatch_rate",
 _NAMES = ("cross_entropy", "top1_accuracy", *_TEACHER_NAMES, *(f"tail_mass_{k}" for k in TAIL_SIZES))
 
 
-def _columns(log_p: Tensor, log_q: Tensor, labels: Tensor, top_k: int) -> Tensor:
-    """Each position's measures in the order of `_NAMES`, and a 1 to count it: float64 (positions, names + 1)."""
-    split = split_kl(log_p, log_q, top_k_mask(log_p, top_k))
-    tail_kl = split.log_tail_mass.exp() * split.tail_kl
-    first_p, first_q = log_p.argmax(-1), log_q.argmax(-1)
+def _measured(s: Tensor, t: Tensor, labels: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Each position's measures in the order of `_NAMES`, and a 1 to count it: float64 (positions, names + 1); and q.
+
+    From logits (positions, vocabulary) of student and teacher, which become their probabilities in place.
+    """
+    at_label, vocabulary = s.gather(1, labels), s.shape[1]
+    _, order = blocks.largest(t, min(max(*TAIL_SIZES, top_k), vocabulary))
+    found = blocks.read(s, t, torch.empty_like(s), order[:, :top_k], 0)
+    q, p = found.student, found.teacher
+    head_kl, tail_kl = rows.head_kl(p, q), p.log_mass.exp() * found.tail_kl
+    for probabilities, side, total in ((s, q, found.student_total), (t, p, found.teacher_total)):
+        probabilities.mul_((side.log_mass.exp() / total).to(s.dtype))
+        probabilities.scatter_(1, order[:, :top_k], side.log[:, :-1].exp().to(s.dtype))
+    first_p, first_q = order[:, :1], s.argmax(1, keepdim=True)
     columns = [
-        -log_q.gather(-1, labels.unsqueeze(-1)).squeeze(-1),
+        q.log_sum_exp - at_label,
         first_q == labels,
-        split.head_kl + tail_kl,
-        split.head_kl,
+        head_kl + tail_kl,
+        head_kl,
         tail_kl,
         first_p == first_q,
         first_p != labels,
-        torch.minimum(log_p.exp(), log_q.exp()).sum(-1),
-        *_tail_masses(log_p, log_q),
+        torch.minimum(s, t).sum(1, keepdim=True),
+        _tail_masses(s, order),
         torch.ones_like(labels),
     ]
-    return torch.stack([column.double() for column in columns], -1)
+    return torch.cat([column.double() for column in columns], 1), s
 
 
-def _tail_masses(log_p: Tensor, log_q: Tensor) -> list[Tensor]:
-    """Mass of q outside the first K ids of p, added up from the far tail inwards so that nothing cancels."""
-    largest = min(max(TAIL_SIZES), log_p.shape[-1])
-    order = log_p.topk(largest, dim=-1).indices
-    rest = log_q.exp().scatter(-1, order, 0.0).sum(-1)
-    kept = log_q.gather(-1, order).exp()
-    return [rest + kept[:, k:].sum(-1) if k < log_p.shape[-1] else torch.zeros_like(rest) for k in TAIL_SIZES]
-
-
-def _log_probabilities(head: Head, positions: Tensor) -> Tensor:
-    hidden = head.hidden.flatten(0, 1)[positions].float()
-    return log_probabilities(Head(hidden, head.weight.float(), _float(head.bias), head.scale, head.softcap).logits())
-
-
-def _float(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.float()
-
-
-def _chunks(batch: Batch, vocabulary: int) -> tuple[Tensor, ...]:
-    return batch.valid.to(batch.labels.device).split(max(1, CHUNK_BYTES // (4 * vocabulary)))
+def _tail_masses(q: Tensor, order: Tensor) -> Tensor:
+    """Mass of q outside the first K ids of an order, added up from the far tail inwards so that nothing cancels."""
+    rest = q.scatter(1, order, 0.0).sum(1, keepdim=True)
+    kept = q.gather(1, order)
+    masses = [rest + kept[:, k:].sum(1, keepdim=True) for k in TAIL_SIZES]
+    return torch.cat([m if k < q.shape[1] else torch.zeros_like(m) for k, m in zip(TAIL_SIZES, masses, strict=True)], 1)
 
 
 def _measures(sums: Tensor, full: float, ece: float, *, alone: bool) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,23 +24,34 @@ class SplitModel:
     """``split(input_ids).logits()`` equals ``model(input_ids).logits[..., :usable]``; a call makes no logits.
 
     Products run in `compute_dtype` over the model's own parameters, and hidden states come out in it. Deliberately no
-    nn.Module: a teacher inside must stay outside every module tree.
+    nn.Module: a teacher inside must stay outside every module tree. The model may be compiled, or sharded by FSDP2
+    (`fully_shard` of the blocks and then of the model), before or after this is made.
     """
 
     def __init__(self, model: Any, *, usable: int | None = None, compute_dtype: torch.dtype = torch.float32) -> None:
         self.model: Any = model
         self.compute_dtype = compute_dtype
         self.backbone, self.projection = _parts(model)
+        self._own = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
         self.scale, self.softcap = _scale(model.config), _first(model.config, SOFTCAPS)
         self.usable = self.projection.weight.shape[0] if usable is None else usable
 
     def __call__(self, input_ids: Tensor) -> Head:
         with precision.compute(self.compute_dtype, self.device):
-            hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+            hidden = self._last_hidden_state(input_ids)
         if self.compute_dtype != torch.float32:  # norms widen their output; the head's product stays in compute_dtype
             hidden = hidden.to(self.compute_dtype)
-        bias = getattr(self.projection, "bias", None)
-        return Head(hidden, self.projection.weight, bias, self.scale, self.softcap).narrow(self.usable)
+        weight, bias = whole(self.projection.weight), whole(getattr(self.projection, "bias", None))
+        return Head(hidden, weight, bias, self.scale, self.softcap).narrow(self.usable)
+
+    def _last_hidden_state(self, input_ids: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # the caller compiles this: Dynamo cannot trace an exchange of forward
+            return self._backbone_forward(input_ids=input_ids, use_cache=False)
+        with _forward_replaced(self._own, self._backbone_forward):
+            return self.model(input_ids=input_ids, use_cache=False)
+
+    def _backbone_forward(self, **inputs: Any) -> Tensor:
+        return self.backbone(**inputs).last_hidden_state
 
     @property
     def device(self) -> torch.device:
@@ -61,6 +74,36 @@ class SplitModel:
                 "way that tailkd does not know, so it cannot be a teacher or student"
             )
         return self
+
+
+def whole(parameter: Any) -> Any:
+    """A parameter of the head for use outside its module: a sharded one is gathered, any other is itself."""
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    if not parameter.requires_grad:
+        return parameter.full_tensor()
+    from torch.distributed.tensor import Partial
+
+    # FSDP2 averages gradients over ranks in its hooks, which see nothing of this one; left alone it would be taken for
+    # the same on every rank, and each shard would learn from one rank's tokens.
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+
+
+@contextmanager
+def _forward_replaced(model: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """The model called, and not its backbone: FSDP2 gathers and reduces in the hooks of the root, compile() acts there.
+
+    For a call only: generation, copies and `prove` see the model's own forward.
+    """
+    before = vars(model).get("forward")
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del model.forward
+        else:
+            model.forward = before
 
 
 def _parts(model: Any) -> tuple[nn.Module, Any]:

@@ -14,9 +14,11 @@ from tailkd.objective.divergences import (
 from tailkd.objective.head import Head
 from tailkd.objective.loss import Loss, distillation_loss
 from tailkd.objective.settings import Objective
+from tailkd.objective.signal import Dense
 from tailkd.objective.tally import Tally
 
 __all__ = [
+    "Dense",
     "Head",
     "Loss",
     "Objective",

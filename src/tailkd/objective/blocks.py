@@ -7,132 +7,125 @@ docs/numerics.md.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-HALF = math.log(0.5)
+from tailkd.objective import rows
+from tailkd.objective.rows import Lumped, Tail, Weights
+
 LOW = -1e30  # stands for -inf where a difference of two of them must stay a number
-
-
-@dataclass(slots=True)
-class Weights:
-    """Weights per row, (rows, 1) each, of a block of the split family.
-
-    Where `tail` is None it is not known yet: the student's buffer keeps the gradient without the tail term and the
-    teacher's buffer ``tail_scale * (q~ - p~)``, to be added with the weight that is missing.
-    """
-
-    clm: Tensor
-    head: Tensor
-    tail_scale: Tensor
-    tail: Tensor | None
+GROUP = 32  # ids of which one maximum is kept in the search for the largest
 
 
 @dataclass(slots=True)
 class Split:
     """Values of a block of the split family (nats, per row)."""
 
-    shift: Tensor  # the student's largest logit
-    log_sum: Tensor  # logsumexp of the student's logits, less the shift
+    log_sum_exp: Tensor  # of the student's logits
     head_kl: Tensor
     tail_kl: Tensor
     log_tail_mass: Tensor
 
 
-def split_block(
-    student: Tensor,
-    teacher: Tensor,
-    scratch: Tensor,
-    head_ids: Tensor | None,
-    top_k: int,
-    weights: Weights,
-) -> Split:
-    """KL split at the ids of a head: forward KL (no head), ghost token and TAD (top-k), decoupled KD (the label).
+@dataclass(slots=True)
+class Read:
+    """A block after one look: both sides split at a head, the exponentials of their tails left in the buffers."""
 
-    With q~, p~ the renormalised tails, a the tail masses, the loss is ``w_head * head_kl + w_tail * tail_kl`` and its
-    gradient ``w_head * (q - p)`` in the head, ``w_head * q~ * (a_S - a_T) + w_tail * (q~ - p~)`` in the tail, plus
-    ``w_clm * q`` everywhere.
+    head_ids: Tensor | None
+    student: Lumped
+    teacher: Lumped
+    student_total: Tensor  # of the exponentials in the buffer, float64
+    teacher_total: Tensor
+    tail_kl: Tensor
 
-    Args:
-        head_ids: (rows, k) or None for the `top_k` largest of the teacher; no head where top_k is 0.
-    """
-    wide = student.dtype
-    teacher_head, largest_t, head_ids = _head(teacher, head_ids, top_k)
-    student_head = None
-    if head_ids is not None:
-        student_head = student.gather(1, head_ids)
-        student.scatter_(1, head_ids, LOW)
-    largest_s = student.amax(1, keepdim=True)
+
+def read(student: Tensor, teacher: Tensor, scratch: Tensor, head_ids: Tensor | None, top_k: int) -> Read:
+    """Split both sides at `head_ids`, or at the `top_k` largest of the teacher; no head where that is 0."""
+    teacher_head, head_ids = _take_head(teacher, head_ids, top_k)
+    student_head, _ = _take_head(student, head_ids, 0)
+    largest_s, largest_t = student.amax(1, keepdim=True), teacher.amax(1, keepdim=True)
     student.sub_(largest_s)
     teacher.sub_(largest_t)
     torch.sub(teacher, student, out=scratch)
     teacher.exp_()
     student.exp_()
-    # Scalars of a row are float64: their errors would be shared by all its entries.
-    sum_t, sum_s = teacher.sum(1, keepdim=True).double(), student.sum(1, keepdim=True).double()
+    total_s, total_t = student.sum(1, keepdim=True).double(), teacher.sum(1, keepdim=True).double()
     dot = scratch.mul_(teacher).sum(1, keepdim=True)
-    tail_kl = dot / sum_t - sum_t.log() + sum_s.log()
-    if student_head is None or teacher_head is None:
-        shift, log_sum_s = largest_s, sum_s.log()
-        log_p = log_q = log_mass_t = log_mass_s = head_kl = gained = torch.zeros_like(tail_kl)
-    else:
-        shift, log_sum_s, log_q, log_mass_s = _head_and_tail(student_head, largest_s, sum_s)
-        _, _, log_p, log_mass_t = _head_and_tail(teacher_head, largest_t, sum_t)
-        head_kl = (log_p.exp() * (log_p - log_q)).sum(1, keepdim=True)
-        head_kl = head_kl + log_mass_t.exp() * (log_mass_t - log_mass_s)
-        # What the tail gained is what the head lost: the difference of the smaller masses keeps its digits.
-        lost = log_p.exp().sum(1, keepdim=True) - log_q.exp().sum(1, keepdim=True)
-        gained = torch.where(log_mass_t > HALF, lost, log_mass_s.exp() - log_mass_t.exp())
-    base = (weights.clm * log_mass_s.exp() + weights.head * gained) / sum_s
-    if weights.tail is None:
-        teacher.mul_((-weights.tail_scale / sum_t).to(wide)).addcmul_(student, (weights.tail_scale / sum_s).to(wide))
-        student.mul_(base.to(wide))
-    else:
-        student.mul_((base + weights.tail / sum_s).to(wide))
-        student.addcmul_(teacher, (-weights.tail / sum_t).to(wide))
-    if head_ids is not None:
-        in_head = (weights.clm + weights.head) * log_q.exp() - weights.head * log_p.exp()
-        student.scatter_(1, head_ids, in_head.to(wide))
-        if weights.tail is None:
-            teacher.scatter_(1, head_ids, 0.0)
-    return Split(shift, log_sum_s, head_kl, tail_kl, log_mass_t)
+    tail_kl = dot / total_t - total_t.log() + total_s.log()
+    q = Lumped.of(student_head, Tail(largest_s, total_s))
+    p = Lumped.of(teacher_head, Tail(largest_t, total_t))
+    return Read(head_ids, q, p, total_s, total_t, tail_kl)
 
 
-def _head_and_tail(head: Tensor, largest: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shift, logsumexp less the shift, log-probabilities of the head, log tail mass.
+def split_block(
+    buffers: tuple[Tensor, Tensor, Tensor], labels: Tensor, head_ids: Tensor | None, top_k: int, weights: Weights
+) -> Split:
+    """KL split at a head: forward KL (no head), ghost token and TAD (top-k), decoupled KD (the label).
 
-    From the head's logits and, of the tail, its largest logit and the sum of exponentials relative to that. The shift
-    is the largest logit of all: what is left is of the size of log V, however large the logits are.
+    With q~, p~ the renormalised tails, a the tail masses, the loss is ``w_head * head_kl + w_tail * tail_kl`` and its
+    gradient ``w_head * (q - p)`` in the head, ``w_head * q~ * (a_S - a_T) + w_tail * (q~ - p~)`` in the tail, plus
+    ``w_clm * q`` everywhere, minus w_clm at the label. Where w_tail is not known yet the teacher's buffer keeps
+    ``scale * (q~ - p~)``, to be added with the weight that is missing. `buffers`: student, teacher, scratch.
     """
-    shift = torch.maximum(largest, head.amax(1, keepdim=True))
-    head, tail = (head - shift).double(), (largest - shift).double() + total.double().log()
-    log_sum = torch.logaddexp(tail, head.logsumexp(1, keepdim=True))
-    return shift, log_sum, head - log_sum, tail - log_sum
+    student, teacher, scratch = buffers
+    found, wide = read(student, teacher, scratch, head_ids, top_k), student.dtype
+    p, q = found.teacher, found.student
+    is_label = None if found.head_ids is None else found.head_ids == labels
+    gradient = rows.gradient(p, q, weights, is_label)
+    if weights.tail is None:
+        teacher.mul_((-weights.scale / found.teacher_total).to(wide))
+        teacher.addcmul_(student, (weights.scale / found.student_total).to(wide))
+        student.mul_((gradient.on_tail / found.student_total).to(wide))
+    elif found.head_ids is None:
+        student.mul_(((gradient.on_tail + weights.tail) / found.student_total).to(wide))
+        student.addcmul_(teacher, (-weights.tail / found.teacher_total).to(wide))
+    else:  # q~ - p~ by itself: where the two are nearly one the sum above would drown the first part in its rounding
+        torch.mul(student, (gradient.on_tail / found.student_total).to(wide), out=scratch)
+        student.mul_((weights.tail / found.student_total).to(wide))
+        student.addcmul_(teacher, (-weights.tail / found.teacher_total).to(wide)).add_(scratch)
+    student.scatter_add_(1, labels, -weights.clm)
+    if found.head_ids is not None:
+        student.scatter_(1, found.head_ids, gradient.in_head.to(wide))
+        if weights.tail is None:
+            teacher.scatter_(1, found.head_ids, 0.0)
+    return Split(q.log_sum_exp, rows.head_kl(p, q), found.tail_kl, p.log_mass)
 
 
 def log_tail_mass(teacher: Tensor, top_k: int) -> Tensor:
     """Log mass outside the `top_k` largest, (rows, 1); consumes the buffer."""
-    head, largest, ids = _head(teacher, None, top_k)
-    if head is None or ids is None:
-        return torch.zeros_like(largest)
-    total = teacher.sub_(largest).exp_().sum(1, keepdim=True)
-    return _head_and_tail(head, largest, total)[3]
+    head, _ = _take_head(teacher, None, top_k)
+    shift = teacher.amax(1, keepdim=True)
+    return Lumped.of(head, Tail(shift, teacher.sub_(shift).exp_().sum(1, keepdim=True))).log_mass
 
 
-def _head(teacher: Tensor, ids: Tensor | None, top_k: int) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Head values of the teacher, the largest value outside, head ids; the head is LOW in the buffer afterwards."""
-    values = None
-    if ids is not None:
-        values = teacher.gather(1, ids)
-    elif top_k:
-        values, ids = teacher.topk(top_k, dim=1)  # not top_k + 1: ties are broken as the oracle's torch.topk does
-    if ids is not None:
-        teacher.scatter_(1, ids, LOW)
-    return values, teacher.amax(1, keepdim=True), ids
+def _take_head(logits: Tensor, ids: Tensor | None, top_k: int) -> tuple[Tensor | None, Tensor | None]:
+    """The head's logits and its ids, (rows, k); in the buffer it is LOW afterwards."""
+    if ids is None:
+        if not top_k:
+            return None, None
+        values, ids = largest(logits, top_k)
+    else:
+        values = logits.gather(1, ids)
+    logits.scatter_(1, ids, LOW)
+    return values, ids
+
+
+def largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """``logits.topk(count, dim=1)`` where no two are equal, from the maxima of groups: rows are long, heads short."""
+    groups = logits.shape[1] // GROUP
+    if groups < 8 * count:
+        return logits.topk(count, dim=1)
+    grouped = logits[:, : groups * GROUP].unflatten(1, (GROUP, groups))
+    best = grouped.amax(1).topk(count, dim=1).indices  # no other group holds one of them
+    members = torch.arange(0, groups * GROUP, groups, device=logits.device)
+    ids = (best.unsqueeze(2) + members).flatten(1)
+    rest = torch.arange(groups * GROUP, logits.shape[1], device=logits.device).expand(len(logits), -1)
+    ids = torch.cat([ids, rest], 1)
+    values, places = logits.gather(1, ids).topk(count, dim=1)
+    return values, ids.gather(1, places)
 
 
 # ----- divergences that do not split: value and d value / d q, from log-probabilities
@@ -184,11 +177,12 @@ def whole_block(
     of: Callable[[Tensor, Tensor, float], Whole],
     setting: float,
     weights: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Value of a divergence, largest logit of the student and its logsumexp less that, (rows, 1) each.
+    labels: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Value of a divergence and logsumexp of the student's logits, (rows, 1) each.
 
-    Leaves ``w_clm * q + weight * gradient`` in `student`, for weights (w_clm, weight) of (rows, 1) each. The
-    chain through the softmax is ``q * (slope - (q * slope).sum())`` for ``slope = d value / d q``.
+    Leaves ``w_clm * q + weight * gradient``, minus w_clm at the label, in `student`, for weights (w_clm, weight) of
+    (rows, 1) each. The chain through the softmax is ``q * (slope - (q * slope).sum())`` for ``slope = d value / d q``.
     """
     shift = student.amax(1, keepdim=True)
     log_sum = _log_sum(student.sub_(shift))
@@ -200,7 +194,8 @@ def whole_block(
     slope = slope.sub_(slope.gather(1, q.argmax(1, keepdim=True)))
     slope = slope.sub_((q * slope).sum(1, keepdim=True)).mul_(weights[1])
     torch.mul(q, slope.add_(weights[0]), out=student)
-    return value, shift, log_sum
+    student.scatter_add_(1, labels, -weights[0])
+    return value, shift.double() + log_sum
 
 
 def _log_sum(shifted: Tensor) -> Tensor:
@@ -208,15 +203,14 @@ def _log_sum(shifted: Tensor) -> Tensor:
     return shifted.exp().sum(1, keepdim=True, dtype=torch.float64).log()
 
 
-def clm_block(student: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest logit and logsumexp less that, (rows, 1) each; leaves ``weight * softmax`` in `student`.
-
-    The caller subtracts the weight at the label.
-    """
-    largest = student.amax(1, keepdim=True)
-    total = student.sub_(largest).exp_().sum(1, keepdim=True)
+def clm_block(student: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy (rows, 1); leaves ``weight * (softmax - one_hot(labels))`` in `student`."""
+    at_label, shift = student.gather(1, labels).double(), student.amax(1, keepdim=True)
+    total = student.sub_(shift).exp_().sum(1, keepdim=True)
     student.mul_(weight / total)
-    return largest, total.log()
+    cross_entropy = shift.double() + total.double().log() - at_label
+    student.scatter_(1, labels, (weight * torch.expm1(-cross_entropy)).to(student.dtype))  # 1 - q without cancelling
+    return cross_entropy
 
 
 def _log_mixture(ratio: Tensor, share: float) -> Tensor:

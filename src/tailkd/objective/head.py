@@ -60,6 +60,11 @@ class Head:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
 
+    def to(self, dtype: torch.dtype) -> Head:
+        """The same head, its tensors in another dtype."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return Head(self.hidden.to(dtype), self.weight.to(dtype), bias, self.scale, self.softcap)
+
     def narrow(self, usable: int) -> Head:
         """The same head over the first `usable` vocabulary rows."""
         if usable == self.vocabulary_size:
@@ -70,6 +75,11 @@ class Head:
 
 def scaled(logits: Tensor, scale: float) -> Tensor:
     """``scale * logits``, as the family that published the scale computes it."""
-    # Families that publish a divisor divide; x / 6 and x * (1 / 6) differ in the last bit.
-    divisor = 1.0 / scale
-    return logits / divisor if abs(divisor - round(divisor)) < 1e-9 * abs(divisor) else logits * scale
+    factor, divisor = factor_and_divisor(scale)
+    return logits / divisor if factor == 1.0 else logits * factor
+
+
+def factor_and_divisor(scale: float) -> tuple[float, float]:
+    """A scale as ``factor / divisor``, one of which is 1: families that publish a divisor divide."""
+    divisor = 1.0 / scale  # x / 6 and x * (1 / 6) differ in the last bit
+    return (1.0, divisor) if abs(divisor - round(divisor)) < 1e-9 * abs(divisor) else (scale, 1.0)

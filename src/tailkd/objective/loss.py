@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tailkd.objective import checks, divergences
-from tailkd.objective.chunked import PARTS, chunked_sums
+from tailkd.objective.chunked import chunked_sums
 from tailkd.objective.head import Head
 from tailkd.objective.layout import Layout, layout_of
 from tailkd.objective.settings import TOP_K_DIVERGENCES, Objective
+from tailkd.objective.signal import Dense
 from tailkd.objective.tally import Tally
+from tailkd.objective.work import PARTS
 
-IMPLEMENTATIONS = ("auto", "chunked", "reference")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+IMPLEMENTATIONS = ("auto", "fused", "chunked", "reference")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +39,30 @@ class Loss:
     count: int
     parts: dict[str, Tally] = field(default_factory=dict)
 
-    def mean(self, total: int | None = None) -> Tensor:
+    def mean(self, total: float | None = None) -> Tensor:
         """``sum / (total or count)``; 0 where there is no valid token."""
-        return self.sum / max(self.count if total is None else total, 1)
+        return self.sum / ((self.count if total is None else total) or 1)
 
 
+def untraced(function: Callable[P, R]) -> Callable[P, R]:
+    """The function as it is, also inside `torch.compile`: one break in the graph.
+
+    A trace would unroll chunks and blocks, and be made again for every number of valid positions.
+    """
+    outside: Any = torch._disable_dynamo(function)  # pyright: ignore[reportPrivateImportUsage]
+
+    @functools.wraps(function)
+    def call(*arguments: P.args, **options: P.kwargs) -> R:
+        # Asked first: the detour imports Dynamo (seconds), which a process that compiles nothing never needs.
+        return (outside if torch.compiler.is_compiling() else function)(*arguments, **options)
+
+    return call
+
+
+@untraced
 def distillation_loss(
     student: Head,
-    teacher: Head | None,
+    teacher: Head | Dense | None,
     labels: Tensor,
     *,
     objective: Objective,
@@ -61,20 +86,23 @@ def distillation_loss(
     are averaged over ranks afterwards (DDP, FSDP) need ``loss.mean(total / world_size)``.
 
     Args:
-        student, teacher: heads over one vocabulary (`teacher` may be None where ``divergence == "none"``).
+        student, teacher: heads over one vocabulary (`teacher` may be None where ``divergence == "none"``); a `Dense`
+            teacher is a mixture of several, or has ids folded into others.
         labels: (batch, sequence), already shifted: ``labels[b, t]`` is what position t predicts; -100 is ignored.
         segments: (batch, sequence) document ids, for a mean tail mass per document instead of per row.
         token_weights: (batch, sequence) factor on each position's loss; the count stays that of valid positions.
-        impl: "chunked" (any device, no dense logits), "reference" (eager, dense logits: the oracle), or "auto".
+        impl: "fused" (Triton kernels, CUDA), "chunked" (torch ops, any device), "reference" (eager, dense logits: the
+            oracle), or "auto": fused where it can run, else chunked.
         layout: where the valid positions lie, if the host knows (`Batch.layout`); else it is read off the labels, which
             waits for a GPU.
 
     Raises:
-        ValueError: a teacher that is missing, vocabularies or shapes that differ, an unknown `impl`.
+        ValueError: a teacher that is missing, vocabularies or shapes that differ, an `impl` that is unknown or cannot
+            run here.
 
     Source: "Don't Ignore the Tail", Eq. 4.
     """
-    checks.one_of("impl", impl, IMPLEMENTATIONS)
+    impl = _chosen(impl, student.hidden)
     checks.labels(labels, student.hidden.shape[:2], student.vocabulary_size)
     if objective.needs_teacher:
         if teacher is None:
@@ -86,31 +114,48 @@ def distillation_loss(
             )
     if impl == "reference":
         return _reference(student, teacher, labels, objective, segments, token_weights)
-    return _chunked(student, teacher, labels, objective, layout or layout_of(labels, segments), token_weights)
-
-
-def _chunked(
-    student: Head,
-    teacher: Head | None,
-    labels: Tensor,
-    objective: Objective,
-    layout: Layout,
-    token_weights: Tensor | None,
-) -> Loss:
+    layout = layout or layout_of(labels, segments)
     teacher = teacher if objective.needs_teacher else None
-    total, sums, floored = chunked_sums(student, teacher, labels, objective, layout, token_weights)
+    return _loss(
+        objective, layout.count, chunked_sums(student, teacher, labels, objective, layout, token_weights, impl)
+    )
+
+
+def _chosen(impl: str, hidden: Tensor) -> str:
+    """The implementation to run; a named one is that one or an error."""
+    checks.one_of("impl", impl, IMPLEMENTATIONS)
+    if impl not in ("auto", "fused"):
+        return impl
+    reason = _why_not_fused(hidden)
+    if reason and impl == "fused":
+        raise ValueError(f"impl 'fused' cannot run here: {reason}; expected auto, chunked or reference")
+    return "fused" if impl == "fused" or (hidden.is_cuda and not reason) else "chunked"
+
+
+def _why_not_fused(hidden: Tensor) -> str | None:
+    if find_spec("triton") is None:
+        return "its kernels need the package triton, which is not installed"
+    if not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"its kernels need a CUDA device, and the hidden states are on {hidden.device.type}"
+    if hidden.dtype == torch.float64:
+        return "its kernels compute in float32, and the hidden states are float64"
+    return None
+
+
+def _loss(objective: Objective, count: int, found: tuple[Tensor, Tensor, Tensor]) -> Loss:
+    total, sums, floored = found
     names = ["loss", "clm", *(["divergence"] if objective.needs_teacher else [])]
     if objective.divergence in TOP_K_DIVERGENCES:
         names += ["head_kl", "tail_kl", "tail_mass"]
-    parts = {name: Tally(sums[PARTS.index(name)], layout.count) for name in names}
+    parts = {name: Tally(sums[PARTS.index(name)], count) for name in names}
     if objective.divergence == "tail_aware":
         parts["floored_rows"] = Tally(floored, 1)
-    return Loss(total, layout.count, parts)
+    return Loss(total, count, parts)
 
 
 def _reference(
     student: Head,
-    teacher: Head | None,
+    teacher: Head | Dense | None,
     labels: Tensor,
     objective: Objective,
     segments: Tensor | None,

@@ -1,0 +1,144 @@
+"""One call of the chunked loss: what is asked, and what has been found so far."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tailkd.objective.blocks import LOW
+from tailkd.objective.layout import Layout
+from tailkd.objective.settings import TOP_K_DIVERGENCES, Objective
+from tailkd.objective.sides import Mixture, Side
+
+PARTS = ("loss", "clm", "divergence", "head_kl", "tail_kl", "tail_mass")
+
+
+@dataclass(slots=True)
+class Work:
+    """Both sides at the valid positions, and what has been found there; `wide` is the dtype inside a block."""
+
+    student: Side
+    teacher: Side | Mixture | None
+    labels: Tensor  # (n, 1)
+    token_weights: Tensor  # (n, 1), in the wide dtype
+    objective: Objective
+    layout: Layout
+    group: Tensor  # layout.group on the device
+    log_mean: Tensor  # (groups,) log of the mean tail mass, once known
+    values: dict[str, Tensor]  # (n,) per position
+    gradient: bool
+
+    @staticmethod
+    def of(
+        student: Side,
+        teacher: Side | Mixture | None,
+        labels: Tensor,
+        token_weights: Tensor | None,
+        objective: Objective,
+        layout: Layout,
+        *,
+        gradient: bool,
+    ) -> Work:
+        """From sides and layout with labels and token weights (batch, sequence)."""
+        device = labels.device
+        valid = layout.valid.to(device, non_blocking=True)
+        wide = wide_dtype(student.hidden)
+
+        def zeros(count: int) -> Tensor:
+            return torch.zeros(count, dtype=wide, device=device)
+
+        ones = torch.ones(layout.count, 1, dtype=wide, device=device)
+        if token_weights is not None:
+            ones = token_weights.detach().flatten().index_select(0, valid).to(wide).unsqueeze(1)
+        return Work(
+            student=student,
+            teacher=teacher,
+            labels=labels.flatten().index_select(0, valid).unsqueeze(1),
+            token_weights=ones,
+            objective=objective,
+            layout=layout,
+            group=layout.group.to(device, non_blocking=True),
+            log_mean=zeros(layout.groups).fill_(float("nan")),
+            values={name: zeros(layout.count) for name in (*PARTS, "log_tail_mass")},
+            gradient=gradient,
+        )
+
+    @property
+    def wide(self) -> torch.dtype:
+        return self.token_weights.dtype
+
+    @property
+    def vocabulary(self) -> int:
+        return self.student.weight.shape[0]
+
+    @property
+    def divergence(self) -> str:
+        """The divergence after its special cases: a head that holds everything splits nothing, JSD ends in KL."""
+        objective = self.objective
+        if objective.divergence in TOP_K_DIVERGENCES and objective.top_k >= self.vocabulary:
+            return "forward_kl"
+        if objective.divergence == "jensen_shannon" and objective.jsd_beta in (0.0, 1.0):
+            return "forward_kl" if objective.jsd_beta == 0.0 else "reverse_kl"
+        return objective.divergence
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the divergence splits at the teacher's top-k ids."""
+        return self.divergence in TOP_K_DIVERGENCES
+
+    def note(self, place: slice, **values: Tensor) -> None:
+        """Keep values per position, (positions, 1) each."""
+        for name, value in values.items():
+            self.values[name][place] = value.squeeze(1)
+
+    def close_sequences(self, start: int, stop: int) -> None:
+        """log of the mean tail mass of every sequence that has a position between two, from all its positions."""
+        touched = torch.zeros_like(self.log_mean).index_fill_(0, self.group[start:stop], 1.0)
+        log_mass = self.values["log_tail_mass"]
+        top = torch.full_like(self.log_mean, LOW).scatter_reduce_(0, self.group, log_mass, "amax")
+        sums = torch.zeros_like(top).index_add_(0, self.group, (log_mass - top[self.group]).exp())
+        counts = torch.zeros_like(top).index_add_(0, self.group, torch.ones_like(log_mass))
+        self.log_mean = torch.where(touched > 0, top + sums.log() - counts.log(), self.log_mean)
+
+    def tail_weight(self, start: int, stop: int) -> Tensor:
+        """beta * tail mass / max(mean tail mass of the sequence, floor), (positions, 1)."""
+        objective, log_mean = self.objective, self.log_mean[self.group[start:stop]]
+        if objective.tail_mass_floor > 0:
+            log_mean = log_mean.clamp_min(math.log(objective.tail_mass_floor))
+        weight = objective.beta * (self.values["log_tail_mass"][start:stop] - log_mean).exp()
+        return weight.unsqueeze(1)
+
+    def totals(self) -> Tensor:
+        """Sums of `PARTS` over positions, float64."""
+        objective, values = self.objective, self.values
+        if self.has_head:
+            tail_kl = values["tail_kl"]
+            if self.divergence == "tail_aware":
+                weight = self.tail_weight(0, self.layout.count).squeeze(1)
+                values["divergence"] = values["divergence"] + objective.temperature**2 * weight * tail_kl
+            values["tail_mass"] = values["log_tail_mass"].exp()
+            values["tail_kl"] = values["tail_mass"] * tail_kl
+        elif objective.divergence in TOP_K_DIVERGENCES:  # the head holds everything
+            values["head_kl"] = values["divergence"] / objective.temperature**2
+        loss = objective.clm_weight * values["clm"] + objective.divergence_weight * values["divergence"]
+        values["loss"] = loss * self.token_weights.squeeze(1)
+        return torch.stack([values[name].sum(dtype=torch.float64) for name in PARTS])
+
+    def floored_rows(self) -> Tensor:
+        """Rows with a sequence whose mean tail mass lies below the floor."""
+        below = torch.zeros_like(self.log_mean, dtype=torch.int64)
+        if self.has_head:
+            below = (self.log_mean.exp() < self.objective.tail_mass_floor).long()
+        elif self.objective.divergence in TOP_K_DIVERGENCES and self.objective.tail_mass_floor > 0:
+            below = torch.zeros_like(below).index_fill_(0, self.group, 1)
+        rows = self.layout.rows_of_groups.to(below.device, non_blocking=True)
+        hit = torch.zeros(len(self.layout.row_borders) - 1, dtype=torch.int64, device=below.device)
+        return hit.index_add_(0, rows, below).clamp_max(1).sum()
+
+
+def wide_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype inside a block: float32, or float64 for float64."""
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32

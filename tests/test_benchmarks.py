@@ -1,0 +1,120 @@
+"""The benchmark of the objective runs, names who is missing, and writes its table."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "benchmarks" / "objective.py"
+FIGURES = ("p20_s", "p50_s", "p80_s", "ratio", "peak_bytes", "error_hidden", "error_weight")
+ABOUT = ("run", "device", "card", "processor", "python", "torch", "trl", "liger_kernel", "cut_cross_entropy", "commit")
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    spec = importlib.util.spec_from_file_location("objective_benchmark", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(what: str, run: str, **other: Any) -> dict[str, Any]:
+    times = {"p20_s": 0.5, "p50_s": 1.0, "p80_s": 2.0, "ratio": 1.0}
+    about = {"shape": "tiny", "dtype": "float32", "device": "cpu, 1 thread", "commit": "abc", "repeats": 5, "run": run}
+    return {"what": what, **times, **about, **other}
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    return path
+
+
+def test_rows_have_every_column_and_a_missing_rival_is_named(benchmark: ModuleType, tmp_path: Path) -> None:
+    broken = tmp_path / "broken" / "trl"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('cannot load /secret/place/trl.so')\n")
+    out, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
+    shutil.copy(ROOT / "docs" / "performance.md", page)
+    command = [sys.executable, str(SCRIPT), "--shape", "tiny", "--repeats", "1", "--dtype", "float32"]
+    command += ["--out", str(out), "--only", "tailkd tail_aware", "--only", "TRL forward KL"]
+    path = os.pathsep.join([str(broken.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = {one["what"]: one for one in map(json.loads, out.read_text().splitlines())}
+    assert list(rows) == ["bare products", "tailkd tail_aware", "TRL forward KL"]
+    assert all(rows["tailkd tail_aware"][name] is not None for name in FIGURES)
+    assert rows["tailkd tail_aware"]["error_weight"] < 1e-5
+    assert rows["bare products"]["ratio"] == 1.0
+    assert rows["TRL forward KL"]["skipped"] == "ImportError: cannot load ..."
+    assert all(name in one for one in rows.values() for name in ABOUT)
+    assert "left out: ImportError" in done.stdout
+    benchmark.main(["--table", "--out", str(out), "--page", str(page)])
+    text = page.read_text()
+    assert "| tailkd tail_aware | " in text
+    assert "- TRL forward KL: `ImportError: cannot load ...`" in text
+    benchmark.main(["--table", "--out", str(out), "--page", str(page)])
+    assert page.read_text() == text
+
+
+def test_the_table_shows_the_last_run_and_who_is_ahead(benchmark: ModuleType, tmp_path: Path) -> None:
+    rows = [row("bare products", "1"), row("tailkd none", "1", ratio=7.77), row("bare products", "2")]
+    rows += [row("tailkd none", "2", peak_bytes=2_000_000), row("bare products", "1", dtype="bfloat16")]
+    rival = {"beside": "tailkd none", "to_ours": 0.5, "peak_bytes": 3_000_000, "note": "rivals"}
+    rows.insert(4, row("cut-cross-entropy CLM", "2", **{**rival, "p50_s": 0.5}))
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{benchmark.MARKS[0]}\nold\n{benchmark.MARKS[1]}\nafter\n")
+    benchmark.write_table(written(tmp_path / "rows.jsonl", rows), page)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "7.77" not in text
+    assert "| cut-cross-entropy CLM | 0.5 | 0.5 | 2 | 1.00 | 0.50 | 3 | – | – |" in text
+    assert "Ahead of our row of the same loss, in time: cut-cross-entropy CLM." in text
+    assert text.count("### 2 x 64 positions") == 2
+
+
+def test_a_page_without_marks_is_left_alone(benchmark: ModuleType, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("mine")
+    with pytest.raises(SystemExit, match="once each"):
+        benchmark.write_table(written(tmp_path / "rows.jsonl", [row("bare products", "1")]), page)
+    assert page.read_text() == "mine"
+
+
+def test_dense_rows_that_do_not_fit_are_cut_to_one_row(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = benchmark.Case.drawn(benchmark.SHAPES["tiny"], torch.float32, torch.device("cpu"))
+    dense, lean = benchmark.EAGER[0], benchmark.OURS[0]
+    assert benchmark.fitted(dense, case) == (case, 1)
+    monkeypatch.setattr(benchmark, "free_bytes", lambda device: 1 << 20)
+    part, scale = benchmark.fitted(dense, case)
+    assert (part.labels.shape, scale) == ((1, 64), 2)
+    assert part.weight.data_ptr() == case.weight.data_ptr()
+    assert benchmark.fitted(lean, case) == (case, 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs these shapes")
+def test_shapes_of_a_gpu_are_refused_on_a_cpu(benchmark: ModuleType) -> None:
+    with pytest.raises(SystemExit, match="the shape qwen wants a GPU"):
+        benchmark.main(["--shape", "qwen"])
+
+
+def test_a_wrong_loss_is_not_timed(benchmark: ModuleType) -> None:
+    case = benchmark.Case.drawn(benchmark.SHAPES["tiny"], torch.float32, torch.device("cpu"))
+    with pytest.raises(AssertionError, match="tailkd none is wrong by"):
+        benchmark.gate(case, {"tailkd none": (1e-7, 3e-3)})
