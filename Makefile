@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all test-browser mutants check format bench docs clean
+.PHONY: demo test test-all test-faults test-browser mutants check format bench docs clean
 
 demo: $(VENV)/base.stamp  ## corpus, teacher and five students on this machine; opens no connection
 	$(BIN)/python -m tailkd demo
@@ -17,6 +17,9 @@ test-all: $(VENV)/all.stamp  ## those, the slow ones, and those of every extra
 
 test-browser: $(VENV)/browser.stamp  ## the demo's page in Debian's chromium; after `make demo`
 	$(BIN)/python -m pytest tests/browser
+
+test-faults: $(VENV)/dev.stamp  ## injected faults, the long ones too: kills, signals, full disks, many processes
+	$(BIN)/python -m pytest tests/faults tests/train
 
 mutants: $(VENV)/dev.stamp  ## deliberate faults, and the test that catches each
 	$(BIN)/python tests/mutants.py

@@ -93,9 +93,11 @@ def numbered_store(lengths: list[int]) -> SimpleNamespace:
 
 
 def fresh_python(code: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run code in a new interpreter."""
+    """Run code in a new interpreter; it can import what the tests can."""
     # A fixed threshold: glibc otherwise learns to keep large freed blocks, and peaks would depend on chance.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"}
+    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), str(Path(__file__).parent)]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert not check or done.returncode == 0, done.stderr

@@ -130,8 +130,8 @@ MUTANTS = (
     Mutant(
         "division per micro-batch",
         "train/step.py",
-        "loss.mean(batch.count).backward()",
-        "(loss.mean() / (len(batch) / micro_batch_size)).backward()",
+        "loss.mean(batch.count if divisor is None else divisor).backward()",
+        "(loss.mean() / len(micros)).backward()",
         "tests/train",
     ),
     Mutant(
@@ -154,6 +154,251 @@ MUTANTS = (
         "return np.flatnonzero(~held), np.flatnonzero(held)",
         "return np.arange(len(held)), np.flatnonzero(held)",
         "tests/data",
+    ),
+    Mutant(
+        "hash of files not compared",
+        "train/commit.py",
+        "if measure(folder / name) != expected:",
+        "if False:",
+        "tests/faults/test_f10_flipped.py",
+    ),
+    Mutant(
+        "manifest's own hash not compared",
+        "train/commit.py",
+        'if raw != _manifest(content["format"], files):',
+        "if False:",
+        "tests/faults/test_f10_flipped.py",
+    ),
+    Mutant(
+        "sizes and hash of files not compared",
+        "train/commit.py",
+        "for name, expected in files.items():\n            size",
+        "files = {}\n        for name, expected in files.items():\n            size",
+        "tests/faults/test_f09_truncated.py",
+    ),
+    Mutant(
+        "files that are not listed accepted",
+        "train/commit.py",
+        "if extra := sorted(plain.keys() - listed):",
+        "if extra := []:",
+        "tests/faults/test_f11_missing.py",
+    ),
+    Mutant(
+        "symbolic links taken for checkpoints",
+        "train/commit.py",
+        "wanted(e.name) and e.is_dir(follow_symlinks=False)",
+        "wanted(e.name) and e.is_dir()",
+        "tests/faults/test_f11_missing.py",
+    ),
+    Mutant(
+        "names in a manifest not checked",
+        "train/commit.py",
+        "if not _NAME.fullmatch(name) or name == MANIFEST:",
+        "if False:",
+        "tests/faults/test_f40_hostile.py",
+    ),
+    Mutant(
+        "parts of a tensor not checked",
+        "train/tensors.py",
+        "if not _covered(tensor):",
+        "if False:",
+        "tests/faults/test_f40_hostile.py",
+    ),
+    Mutant(
+        "published before it is whole",
+        "train/checkpoint.py",
+        """        commit.seal(staged, {name: one for files, _ in parts for name, one in files.items()}, state)
+        published = commit.publish(staged, taken.cursor.step)
+""",
+        """        published = commit.publish(staged, taken.cursor.step)
+        commit.seal(published, {name: one for files, _ in parts for name, one in files.items()}, state)
+""",
+        "tests/faults/test_f02_killed.py",
+    ),
+    Mutant(
+        "leftovers of dead saves stay",
+        "train/commit.py",
+        "shutil.rmtree(left)",
+        "pass",
+        "tests/faults/test_f02_killed.py",
+    ),
+    Mutant(
+        "files not synced",
+        "train/commit.py",
+        "os.fsync(file.fileno())",
+        "pass",
+        "tests/train/test_checkpoint.py",
+    ),
+    Mutant(
+        "parent folder not synced",
+        "train/commit.py",
+        "sync(target.parent)",
+        "pass",
+        "tests/train/test_checkpoint.py",
+    ),
+    Mutant(
+        "files not read back",
+        "train/commit.py",
+        "if found != expected:",
+        "if False:",
+        "tests/train/test_checkpoint.py",
+    ),
+    Mutant(
+        "rotation takes the one just saved",
+        "train/commit.py",
+        "if old != published:",
+        "if True:",
+        "tests/train/test_checkpoint.py",
+    ),
+    Mutant(
+        "free space not asked for",
+        "train/commit.py",
+        "if free < needed:",
+        "if False:",
+        "tests/faults/test_f06_disk_full.py",
+    ),
+    Mutant(
+        "half a save left where the disk is full",
+        "train/checkpoint.py",
+        "shutil.rmtree(staged, ignore_errors=True)",
+        "pass",
+        "tests/faults/test_f06_disk_full.py",
+    ),
+    Mutant(
+        "checkpoints in the order of their dates",
+        "train/commit.py",
+        "is not None), key=step_of)",
+        "is not None), key=lambda path: path.stat().st_mtime)",
+        "tests/faults/test_f43_clock.py",
+    ),
+    Mutant(
+        "a fresh start where all checkpoints are bad",
+        "train/checkpoint.py",
+        "if bad := commit.quarantined(self.folder):",
+        "if bad := []:",
+        "tests/faults/test_f12_all_bad.py",
+    ),
+    Mutant(
+        "another identity accepted",
+        "train/checkpoint.py",
+        "        if refused:",
+        "        if False:",
+        "tests/faults/test_f14_changed.py",
+    ),
+    Mutant(
+        "values that are not finite saved",
+        "train/checkpoint.py",
+        "if bad := [name for _, names in told for name in names]:",
+        "if bad := []:",
+        "tests/train/test_checkpoint.py",
+    ),
+    Mutant(
+        "live tensors written instead of copies",
+        "train/tensors.py",
+        "self._held[name].copy_(tensor, non_blocking=True)",
+        "self._held[name] = tensor",
+        "tests/train/test_checkpoint.py",
+    ),
+    Mutant(
+        "random state not restored",
+        "train/checkpoint.py",
+        'torch.set_rng_state(_bytes(saved[rank]["torch"]))',
+        "pass",
+        "tests/train/test_checkpoint.py",
+    ),
+    Mutant(
+        "moments not restored",
+        "train/tensors.py",
+        'packed["state"].setdefault(numbers[parameter], {})[key] = value',
+        "pass",
+        "tests/train/test_checkpoint.py",
+    ),
+    Mutant(
+        "names of parameters before they are shards again",
+        "train/tensors.py",
+        """    state = bare.state_dict()  # first: it makes fully_shard put its parameters back into shards
+    names: dict[int, str] = {}
+    for name, tensor in _all_named(bare):
+        names.setdefault(id(tensor), name)
+""",
+        """    names: dict[int, str] = {}
+    for name, tensor in _all_named(bare):
+        names.setdefault(id(tensor), name)
+    state = dict(_all_named(bare))
+""",
+        "tests/faults/test_f15_ranks.py",
+    ),
+    Mutant(
+        "teacher not looked at",
+        "train/step.py",
+        "bad = bad | ~torch.isfinite(signal.hidden).all()",
+        "bad = bad",
+        "tests/faults/test_f18_not_finite.py",
+    ),
+    Mutant(
+        "update applied though something is not finite",
+        "train/step.py",
+        "if not_finite is None and batch.count:",
+        "if batch.count:",
+        "tests/faults/test_f18_not_finite.py",
+    ),
+    Mutant(
+        "divergence goes on",
+        "train/loop.py",
+        "if self.cursor.skipped_in_a_row >= SKIPS_IN_A_ROW:",
+        "if False:",
+        "tests/faults/test_f18_not_finite.py",
+    ),
+    Mutant(
+        "signals ignored",
+        "train/signals.py",
+        "        if asked:",
+        "        if False:",
+        "tests/faults/test_f03_asked_to_stop.py",
+    ),
+    Mutant(
+        "an interrupted evaluation is forgotten",
+        "train/loop.py",
+        "while self.cursor.evaluation_due or self.cursor.step < self.plan.steps:\n"
+        "                self._evaluate_if_due()",
+        "self.cursor = replace(self.cursor, evaluation_due=False)\n"
+        "            while self.cursor.step < self.plan.steps:",
+        "tests/faults/test_f03_asked_to_stop.py",
+    ),
+    Mutant(
+        "records after the checkpoint stay",
+        "report/record.py",
+        "self._file.truncate(resume_at)",
+        "pass",
+        "tests/faults",
+    ),
+    Mutant(
+        "no lock",
+        "folder.py",
+        "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "pass",
+        "tests/faults/test_f13_two_processes.py",
+    ),
+    Mutant(
+        "another corpus accepted",
+        "run.py",
+        '"data (content)": parts.fingerprint',
+        '"data (content)": ""',
+        "tests/faults/test_f30_changed_data.py",
+    ),
+    Mutant(
+        "secrets written down",
+        "ending.py",
+        "text = form.sub(shown, text)",
+        "pass",
+        "tests/faults/test_f42_crash.py",
+    ),
+    Mutant(
+        "memory that runs out is a bug",
+        "train/step.py",
+        "if not _is_out_of_memory(error):",
+        "if True:",
+        "tests/faults/test_f33_out_of_memory.py",
     ),
 )
 

@@ -16,7 +16,7 @@ SIGNATURES = {
     "divergence_weight=1.0, jsd_beta=0.5, skew=0.1, dkd_alpha=1.0, dkd_beta=8.0, tail_mass_floor=1e-06)",
     "decoupled_kd": "(student_logits, teacher_logits, labels, *, dkd_alpha=1.0, dkd_beta=8.0, mask=None, "
     "temperature=1.0)",
-    "distill": "(recipe, *, fresh=False, **overrides)",
+    "distill": "(recipe, *, fresh=False, allow_change=(), **overrides)",
     "distillation_loss": "(student, teacher, labels, *, objective, segments=None, token_weights=None, impl='auto', "
     "layout=None)",
     "forward_kl": "(student_logits, teacher_logits, *, mask=None, temperature=1.0)",

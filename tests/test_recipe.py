@@ -12,7 +12,7 @@ from tailkd import recipe_file
 from tailkd.errors import Refusal
 from tailkd.objective import Objective
 from tailkd.objective.settings import DIVERGENCES
-from tailkd.recipe import Divergence, ObjectiveSection, Recipe
+from tailkd.recipe import Divergence, ObjectiveSection, Recipe, seconds_of
 
 HEAD = """\
 name: stranger
@@ -197,3 +197,14 @@ def test_every_key_is_documented() -> None:
                 assert field.description, f"{above}{name}"
 
     check(Recipe, "")
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("11h30m", 41_400), ("90s", 90), ("2d", 172_800), ("1h1s", 3_601)])
+def test_durations(text: str, seconds: int) -> None:
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0s", "90", "1h30", "soon", "30m1h", "-5m"])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(ValueError, match="is no duration; expected one such as 11h30m"):
+        seconds_of(text)

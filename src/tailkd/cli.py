@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from tailkd.errors import Refusal
+from tailkd.errors import BUG, Refusal, Stop
 
 app = typer.Typer(
     help="Distil causal language models without ignoring the tail of the teacher's distribution.",
@@ -30,17 +30,24 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def main() -> None:
     """Entry point of `tailkd` and `python -m tailkd`."""
-    with _refusals():
+    with _endings():
         app()
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
+def _endings() -> Iterator[None]:
+    """A message and an exit code for what a run ends with; of an unforeseen error the traceback is in crash.json."""
     try:
         yield
-    except Refusal as refusal:
-        print(f"tailkd: {refusal}", file=sys.stderr)
-        sys.exit(refusal.exit_code)
+    except (Refusal, Stop) as end:
+        print(f"tailkd: {end}", file=sys.stderr)
+        sys.exit(end.exit_code)
+    except Exception as error:
+        notes = getattr(error, "__notes__", [])
+        if not notes:
+            raise
+        print(f"tailkd: {notes[-1]}", file=sys.stderr)
+        sys.exit(BUG)
 
 
 def _quiet() -> None:
@@ -63,21 +70,39 @@ def _version(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the demo's runs.")] = Path("runs/demo"), fresh: Fresh = False
+    out: Annotated[Path, typer.Option(help="Folder of the demo's runs.")] = Path("runs/demo"),
+    fresh: Fresh = False,
+    kill_and_resume: Annotated[
+        bool, typer.Option("--kill-and-resume", help="Kill a run three times and show that nothing is lost.")
+    ] = False,
 ) -> None:
     """Corpus, teacher and five students made on this machine, without network; a report at the end."""
     from tailkd import demo as offline
     from tailkd.report.table import print_table
 
     _quiet()
+    if kill_and_resume:
+        from tailkd.interruption import show
+
+        raise typer.Exit(0 if show(out, lambda line: print(line, flush=True)) else BUG)
     runs, page = offline.run(out, fresh=fresh)
     print_table(runs)
     print(f"report: {page}")
 
 
 @app.command()
-def distill(recipe: RecipePath, overrides: Overrides = None, fresh: Fresh = False) -> None:
-    """Train a student by a recipe and measure it; the same command goes on with an interrupted run."""
+def distill(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    fresh: Fresh = False,
+    allow_change: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="Go on although this key has another value than before.")
+    ] = None,
+) -> None:
+    """Train a student by a recipe and measure it; the same command goes on with an interrupted run.
+
+    Exit codes: 0 done, 2 refused, 75 stopped and saved (run it again), 76 diverged, 77 out of memory, 78 data or disk.
+    """
     from tailkd import recipe_file
 
     checked = recipe_file.read(recipe, recipe_file.parse_overrides(overrides or []))
@@ -85,9 +110,10 @@ def distill(recipe: RecipePath, overrides: Overrides = None, fresh: Fresh = Fals
     from tailkd.report.table import print_table
 
     _quiet()
-    finished = way.distill(checked, fresh=fresh)
-    print_table([finished])
-    print(f"report: {finished.folder / 'report.html'}")
+    finished = way.distill(checked, fresh=fresh, allow_change=allow_change or ())
+    if way.leads():
+        print_table([finished])
+        print(f"report: {finished.folder / 'report.html'}")
 
 
 @app.command()

@@ -42,8 +42,8 @@ STUDENTS: dict[str, dict[str, Any]] = {
 
 def run(out: Path, *, fresh: bool = False) -> tuple[list[Run], Path]:
     """Make everything in `out`; the students' runs and the page that compares them."""
-    corpus = _corpus(out / "corpus.jsonl")
-    starts = {name: _start(out / f"{name}-start", corpus, sizes) for name, sizes in SIZES.items()}
+    corpus = corpus_of(out / "corpus.jsonl")
+    starts = {name: start_model(out / f"{name}-start", corpus, sizes) for name, sizes in SIZES.items()}
     teacher = distill(_teacher_recipe(out, corpus, starts["teacher"]), fresh=fresh)
     runs = [
         distill(_student_recipe(out, corpus, teacher.student, starts["student"], name), fresh=fresh)
@@ -57,7 +57,7 @@ def run(out: Path, *, fresh: bool = False) -> tuple[list[Run], Path]:
 SIZES = {"teacher": TEACHER, "student": STUDENT}
 
 
-def _recipe(out: Path, corpus: Path, name: str) -> dict[str, Any]:
+def shared_recipe(out: Path, corpus: Path, name: str) -> dict[str, Any]:
     """What all runs of the demo share."""
     return {
         "name": name,
@@ -69,7 +69,7 @@ def _recipe(out: Path, corpus: Path, name: str) -> dict[str, Any]:
 
 def _teacher_recipe(out: Path, corpus: Path, start: Path) -> dict[str, Any]:
     return {
-        **_recipe(out, corpus, "teacher"),
+        **shared_recipe(out, corpus, "teacher"),
         "teacher": None,
         "student": {"model": str(start)},
         "objective": {"divergence": "none"},
@@ -79,7 +79,7 @@ def _teacher_recipe(out: Path, corpus: Path, start: Path) -> dict[str, Any]:
 
 def _student_recipe(out: Path, corpus: Path, teacher: Path, start: Path, name: str) -> dict[str, Any]:
     return {
-        **_recipe(out, corpus, name),
+        **shared_recipe(out, corpus, name),
         "teacher": {"model": str(teacher)},
         "student": {"model": str(start)},
         "objective": STUDENTS[name],
@@ -87,7 +87,7 @@ def _student_recipe(out: Path, corpus: Path, teacher: Path, start: Path, name: s
     }
 
 
-def _corpus(path: Path) -> Path:
+def corpus_of(path: Path) -> Path:
     """The sources of Python's standard library, a text that is on every machine that runs this."""
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def _sources() -> Iterator[tuple[str, str]]:
             return
 
 
-def _start(folder: Path, corpus: Path, sizes: dict[str, Any]) -> Path:
+def start_model(folder: Path, corpus: Path, sizes: dict[str, Any]) -> Path:
     """A Llama of these sizes with random weights, and the tokenizer, as save_pretrained writes them."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
 import platform
 import shutil
+import socket
 import tempfile
+from collections.abc import Iterator, Set
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -29,7 +35,10 @@ RUN_FILES = (
     "evaluation.json",
     "report.html",
     "README.md",
+    "exit.json",
+    "crash.json",
 )
+LOCK = "lock.json"
 VERSIONS = ("tailkd", "torch", "transformers", "tokenizers", "datasets", "numpy")
 
 
@@ -39,25 +48,77 @@ def holds_a_run(run: Run) -> bool:
         return False
     if not run.folder.is_dir():
         raise Refusal(f"{run.folder} is a file; give another `out`")
-    if not any(run.folder.iterdir()):
+    if not any(path.name != LOCK for path in run.folder.iterdir()):
         return False
     if not (run.folder / "recipe.yaml").is_file():
         raise Refusal(f"{run.folder} holds other files and no recipe.yaml; give another `out`")
     return True
 
 
-def already_finished(recipe: Recipe, run: Run) -> bool:
-    """Whether the folder holds this very run, finished; a folder that holds anything else is refused."""
+def already_finished(recipe: Recipe, run: Run, allow_change: Set[str] = frozenset()) -> bool:
+    """Whether the folder holds this very run, finished; a folder that holds anything else is refused.
+
+    Args:
+        allow_change: keys that may differ from those of an unfinished run.
+    """
     if not holds_a_run(run):
         return False
-    now, then = recipe.identity(), recipe_file.read(run.folder / "recipe.yaml").identity()
-    changed = [key for key in {**then, **now} if now.get(key) != then.get(key)]
+    saved = recipe_file.read(run.folder / "recipe.yaml")
+    now, then = recipe.identity(), saved.identity()
+    if run.finished:  # no update is left to which a changed one could apply
+        now, then = {**now, **recipe.optimiser()}, {**then, **saved.optimiser()}
+        allow_change = frozenset()
+    changed = [key for key in {**then, **now} if now.get(key) != then.get(key) and key not in allow_change]
     if changed:
         lines = "".join(f"\n  {key}: was {then.get(key)!r}, is {now.get(key)!r}" for key in changed)
         raise Refusal(
-            f"{run.folder} holds the run of another recipe:{lines}\ngive another `out`, or --fresh to drop it"
+            f"{run.folder} holds the run of another recipe:{lines}\ngive another `out`, take the old values back, "
+            "allow a key with --allow-change KEY (an unfinished run), or drop what is there with --fresh"
         )
     return run.finished
+
+
+@contextmanager
+def locked(run: Run) -> Iterator[None]:
+    """Keep other processes out of the run folder; the lock of a process that died is free.
+
+    Raises:
+        Refusal: naming the process that has it.
+    """
+    made = not run.folder.exists()
+    run.folder.mkdir(parents=True, exist_ok=True)
+    path = run.folder / LOCK
+    file = _lock(path)
+    try:
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+        if made:
+            with suppress(OSError):  # holds something by now
+                run.folder.rmdir()
+
+
+def _lock(path: Path) -> IO[str]:
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                file.seek(0)
+                owner = json.loads(file.read() or "{}")
+            raise Refusal(
+                f"{path.parent} is in use by process {owner.get('pid', '?')} on {owner.get('host', '?')}; wait for it, "
+                "stop it, or give another `out`"
+            ) from None
+        with suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                return file
+        file.close()  # its owner removed it between the two
 
 
 def refuse_unwritable(folder: Path) -> None:

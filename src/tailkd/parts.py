@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
 from tailkd import folder
 from tailkd.data import packing, tokens
-from tailkd.data.batches import evaluation_batches
+from tailkd.data.batches import evaluation_batches, rows_per_rank
 from tailkd.data.corpus import BadRecords, Source
 from tailkd.data.packing import Rows
 from tailkd.errors import Refusal
@@ -26,6 +27,9 @@ from tailkd.models.head import SplitModel
 from tailkd.recipe import Recipe
 from tailkd.recipe import Source as SourceSection
 from tailkd.teacher.live import LiveTeacher
+from tailkd.train.parallel import place_teacher, shard
+from tailkd.train.ranks import ALONE, Ranks
+from tailkd.train.step import nothing_asked
 
 Say = Callable[[str], None]
 
@@ -40,6 +44,16 @@ class Parts:
     teacher: LiveTeacher | None
     train_rows: Rows
     heldout_rows: Rows
+    ranks: Ranks = ALONE
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the documents on both sides of the split and of the tokenizer: what a resumed run must share."""
+        digest = xxhash.xxh3_128()
+        for rows in (self.train_rows, self.heldout_rows):
+            digest.update(rows.store.hashes[rows.documents].tobytes())
+            digest.update(str(rows.store.manifest["made_of"]["tokenizer"]).encode())
+        return digest.hexdigest()
 
     @property
     def data(self) -> dict[str, Any]:
@@ -52,11 +66,11 @@ class Parts:
             "skipped_named": [name for manifest in stores.values() for name in manifest["skipped_named"]],
         }
 
-    def measure(self, student: SplitModel) -> HeldOut:
-        """Held-out measures of `student` against the teacher."""
+    def measure(self, student: SplitModel, heed: Callable[[], None] = nothing_asked) -> HeldOut:
+        """Held-out measures of `student` against the teacher; `heed` is called between batches and may raise."""
         settings = self.recipe.evaluate
         batches = evaluation_batches(self.heldout_rows, tokens=settings.tokens, batch_size=settings.batch_size)
-        return evaluate_heldout(student, self.teacher, batches, top_k=settings.top_k)
+        return evaluate_heldout(student, self.teacher, batches, top_k=settings.top_k, ranks=self.ranks, heed=heed)
 
 
 @dataclass(frozen=True)
@@ -68,14 +82,16 @@ class Vocabulary:
     begin: int | None
 
 
-def build(recipe: Recipe, say: Say, *, student: str | None = None) -> Parts:
+def build(recipe: Recipe, say: Say, *, student: str | None = None, ranks: Ranks = ALONE) -> Parts:
     """Corpus, tokens, batches, models of a recipe; `student` is a folder to load instead of the recipe's own."""
-    device = precision.default_device()
+    device = ranks.device
+    rows_per_rank(recipe.training.batch_size, ranks.world)
     dtype = precision.resolve(recipe.training.precision, device)
     _refuse_device(recipe, device)
     shared = read_vocabulary(recipe)
     folder.refuse_small_disk(recipe.folder, _run_bytes(recipe))
-    train_rows, heldout_rows = prepare(recipe, shared, say)
+    with ranks.in_turns():
+        train_rows, heldout_rows = prepare(recipe, shared, say)
     torch.manual_seed(recipe.training.seed)
     student_model = load.load_model(
         "student",
@@ -87,7 +103,9 @@ def build(recipe: Recipe, say: Say, *, student: str | None = None) -> Parts:
         remote_code=recipe.student.remote_code,
     )
     split = SplitModel(student_model, usable=shared.usable, compute_dtype=dtype).prove()
-    return Parts(recipe, shared.tokenizer, split, _teacher(recipe, shared, device, dtype), train_rows, heldout_rows)
+    split.model = shard(split.model, ranks, recipe.training.strategy)
+    teacher = _teacher(recipe, shared, ranks, dtype)
+    return Parts(recipe, shared.tokenizer, split, teacher, train_rows, heldout_rows, ranks)
 
 
 GPU_ATTENTION = ("flash_attention_2",)
@@ -107,18 +125,20 @@ def _run_bytes(recipe: Recipe) -> int:
     return 4 * parameters * (3 * (recipe.training.keep_checkpoints + 1) + 1)
 
 
-def _teacher(recipe: Recipe, shared: Vocabulary, device: torch.device, dtype: torch.dtype) -> LiveTeacher | None:
+def _teacher(recipe: Recipe, shared: Vocabulary, ranks: Ranks, dtype: torch.dtype) -> LiveTeacher | None:
     if recipe.teacher is None:
         return None
+    sharded = recipe.teacher.sharded and ranks.world > 1
     model = load.load_model(
         "teacher",
         recipe.teacher.model,
         dtype=dtype if recipe.teacher.dtype == "auto" else getattr(torch, recipe.teacher.dtype),
-        device=device,
+        device=torch.device("cpu") if sharded else ranks.device,
         revision=recipe.teacher.revision,
         attention=recipe.teacher.attention,
         remote_code=recipe.teacher.remote_code,
     )
+    model = place_teacher(model, ranks, sharded=sharded)
     return LiveTeacher(model, usable=shared.usable, compute_dtype=dtype)
 
 

@@ -28,6 +28,25 @@ NotNegative = Annotated[float, Field(ge=0), Number]
 Fraction = Annotated[float, Field(ge=0, le=1), Number]
 Share = Annotated[float, Field(gt=0, lt=1), Number]
 Count = Annotated[int, Field(ge=1), Number]
+
+
+def seconds_of(duration: str) -> float:
+    """``"11h30m"`` as 41400.0: days, hours, minutes, seconds, in this order, each with its letter."""
+    found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", duration)
+    total = (
+        sum(int(n or 0) * size for n, size in zip(found.groups(), (86_400, 3_600, 60, 1), strict=True)) if found else 0
+    )
+    if not total:
+        raise ValueError(f"{duration!r} is no duration; expected one such as 11h30m, 45m or 90s")
+    return float(total)
+
+
+def _duration(value: Any) -> str:
+    seconds_of(str(value))
+    return str(value)
+
+
+Duration = Annotated[str, BeforeValidator(_duration)]
 Divergence = Literal[
     "none",
     "forward_kl",
@@ -56,6 +75,8 @@ class Model(Section):
 class Teacher(Model):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the teacher's weights; auto is that of the run's products."""
+    sharded: bool = False
+    """On many processes: its weights split among them, instead of a copy in each."""
 
 
 class Student(Model):
@@ -145,6 +166,17 @@ class Training(Section):
     """Order of the data and random numbers."""
     save_every_tokens: Count | None = None
     """Checkpoint interval; null only at the end."""
+    stop_after: Duration | None = None
+    """Save and exit with code 75 after this time (such as 11h30m), before a scheduler ends the job."""
+    auto_microbatch: bool = False
+    """Where memory runs out, halve the micro-batch and repeat the same global batch (on one process)."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Many processes: a copy of the student in each (ddp), or its parts (fsdp); auto goes by its size."""
+
+    @property
+    def stop_after_seconds(self) -> float | None:
+        return None if self.stop_after is None else seconds_of(self.stop_after)
+
     keep_checkpoints: Count = 2
     """Checkpoints kept."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -193,20 +225,39 @@ class Recipe(Section):
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one it goes on from, flat by dotted key."""
         flat = flattened(self.resolved())
-        return {key: value for key, value in flat.items() if not key.startswith(COSMETIC)}
+        return {key: value for key, value in flat.items() if not key.startswith((*COSMETIC, *OPTIMISER))}
+
+    def optimiser(self) -> dict[str, Any]:
+        """What may change when a run goes on: the new values apply from there, flat by dotted key."""
+        flat = flattened(self.resolved())
+        return {key: value for key, value in flat.items() if key.startswith(OPTIMISER)}
 
 
 COSMETIC = (
     "name",
     "out",
+    "teacher.sharded",
     "data.store",
     "data.max_bad",
     "training.micro_batch_size",
     "training.save_every_tokens",
     "training.keep_checkpoints",
+    "training.stop_after",
+    "training.auto_microbatch",
+    "training.strategy",
     "evaluate.",
 )
 """Keys that change nothing of what is trained."""
+
+OPTIMISER = (
+    "training.learning_rate",
+    "training.warmup_fraction",
+    "training.final_fraction",
+    "training.betas",
+    "training.weight_decay",
+    "training.clip_norm",
+)
+"""Keys of the update and its schedule."""
 
 READERS = {
     "top_k": ("tail_aware", "ghost_token_kl"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Collection
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tailkd import folder, recipe_file
+from tailkd import ending, folder, recipe_file
 from tailkd.data import tokens
 from tailkd.data.batches import Batches
 from tailkd.data.corpus import BadRecords
@@ -18,22 +21,33 @@ from tailkd.parts import Parts, Say, build, check_saved_tokenizer, read_vocabula
 from tailkd.recipe import Recipe
 from tailkd.report.card import write_card
 from tailkd.report.page import write_page
-from tailkd.report.record import FORMAT, Metrics, Run, write_json
+from tailkd.report.record import FORMAT, Metrics, NoMetrics, Run, write_json
 from tailkd.report.terminal import Terminal
 from tailkd.train.checkpoint import Checkpoints, Cursor
-from tailkd.train.loop import Hooks, Plan, train
+from tailkd.train.loop import Hooks, Loop, Plan
 from tailkd.train.optim import Schedule, build_optimizer
+from tailkd.train.parallel import full_state
+from tailkd.train.ranks import Ranks
+from tailkd.train.signals import StopRequest
+from tailkd.train.step import Step
 
 ROLES = ("teacher", "student_before", "student")
 SAMPLE_PROMPT, SAMPLE_TOKENS = 24, 60
 
 
-def distill(recipe: str | Path | dict[str, Any] | Recipe, *, fresh: bool = False, **overrides: Any) -> Run:
+def distill(
+    recipe: str | Path | dict[str, Any] | Recipe,
+    *,
+    fresh: bool = False,
+    allow_change: Collection[str] = (),
+    **overrides: Any,
+) -> Run:
     """Train a student by a recipe and measure it; the same call goes on with a run that was interrupted.
 
     Args:
         recipe: a YAML file, its content as a dict, or a checked `Recipe`.
         fresh: throw away what the run folder holds of an earlier run.
+        allow_change: keys whose value may differ from the one that an interrupted run began with.
         overrides: dotted keys, such as ``**{"training.seed": 4}``.
 
     Returns:
@@ -41,34 +55,50 @@ def distill(recipe: str | Path | dict[str, Any] | Recipe, *, fresh: bool = False
 
     Raises:
         tailkd.errors.Refusal: the recipe, the data or the models cannot be used; nothing was written.
+        tailkd.errors.Stop: the run ended before its end and says why; `exit_code` is what the command line returns.
     """
     checked = recipe if isinstance(recipe, Recipe) else recipe_file.read(recipe, overrides)
-    run = Run(checked.folder)
-    with Terminal(steps=checked.steps, name=checked.name) as terminal:
+    run, allowed = Run(checked.folder), frozenset(allow_change)
+    ranks = Ranks.start()
+    stop = StopRequest(checked.training.stop_after_seconds, ranks.agreed)
+    with Terminal(steps=checked.steps, name=checked.name, quiet=not ranks.leads) as terminal:
         if fresh:
             folder.holds_a_run(run)
-        elif folder.already_finished(checked, run):
+        elif folder.already_finished(checked, run, allowed):
             terminal.say(f"already finished in {run.folder}; --fresh trains it anew")
             return run
         folder.refuse_unwritable(run.folder)
-        parts = build(checked, terminal.say)
-        if fresh:
-            folder.clear(run)
-        folder.start_folder(checked, run, parts.data)
-        _finish(run, parts, _train(checked, parts, run, terminal))
+        with folder.locked(run) if ranks.leads else nullcontext(), ending.noted(run, leads=ranks.leads), stop:
+            parts = build(checked, terminal.say, ranks=ranks)
+            if ranks.leads:
+                if fresh:
+                    folder.clear(run)
+                folder.start_folder(checked, run, parts.data)
+            ranks.wait()
+            _finish(run, parts, _train(parts, run, terminal, stop, allowed))
+            ranks.wait()
     return Run(run.folder)
 
 
-def _train(recipe: Recipe, parts: Parts, run: Run, terminal: Terminal) -> dict[str, HeldOut | None]:
+def _train(
+    parts: Parts, run: Run, terminal: Terminal, stop: StopRequest, allow_change: frozenset[str]
+) -> dict[str, HeldOut | None]:
     """Train to the end; the held-out measures of teacher, student before and student."""
-    training, student = recipe.training, parts.student
+    recipe, training, student, ranks = parts.recipe, parts.recipe.training, parts.student, parts.ranks
     optimizer = build_optimizer(
-        student.model, learning_rate=training.learning_rate, betas=training.betas, weight_decay=training.weight_decay
+        student.plain, learning_rate=training.learning_rate, betas=training.betas, weight_decay=training.weight_decay
     )
-    checkpoints = Checkpoints(run.folder / "checkpoints", identity=recipe.identity(), keep=training.keep_checkpoints)
-    cursor = checkpoints.resume(student.model, optimizer)
-    metrics = Metrics(run.folder / "metrics.jsonl", resume_at=cursor.metrics_bytes)
-    before = _measures_before(parts, run, metrics, cursor)
+    checkpoints = Checkpoints(
+        run.folder / "checkpoints",
+        identity={**recipe.identity(), "data (content)": parts.fingerprint},
+        optimiser=recipe.optimiser(),
+        keep=training.keep_checkpoints,
+        allow_change=allow_change,
+        say=terminal.say,
+    )
+    cursor = checkpoints.resume(student.plain, optimizer)
+    metrics = Metrics(run.folder / "metrics.jsonl", resume_at=cursor.metrics_bytes) if ranks.leads else NoMetrics()
+    before = _measures_before(parts, run, metrics, cursor, stop)
     if cursor.step:
         terminal.say(f"going on from step {cursor.step:,} of {recipe.steps:,}")
 
@@ -77,54 +107,64 @@ def _train(recipe: Recipe, parts: Parts, run: Run, terminal: Terminal) -> dict[s
         terminal.step(values)
 
     def evaluate(step: int, trained: int) -> HeldOut:
-        found = parts.measure(student)
+        found = parts.measure(student, stop.heed)
         metrics.append(_evaluation_record("student", step, trained, found))
         terminal.say(f"held out at {trained:,} tokens: " + _short(found.measures))
         return found
 
-    cursor = train(
-        student,
-        parts.teacher,
-        Batches(parts.train_rows, batch_size=training.batch_size, seed=training.seed),
-        objective=Objective(**recipe.objective.model_dump()),
-        optimizer=optimizer,
-        schedule=Schedule(training.learning_rate, recipe.steps, training.warmup_fraction, training.final_fraction),
-        checkpoints=checkpoints,
-        plan=Plan(
-            steps=recipe.steps,
+    loop = Loop(
+        step=Step(
+            student,
+            parts.teacher,
+            Objective(**recipe.objective.model_dump()),
+            optimizer,
             micro_batch_size=training.micro_batch_size,
             clip_norm=training.clip_norm,
-            save_every_tokens=training.save_every_tokens,
-            evaluate_every_tokens=recipe.evaluate.every_tokens,
+            ranks=ranks,
+            heed=stop.heed,
+            auto_microbatch=training.auto_microbatch,
+            say=terminal.say,
         ),
+        batches=Batches(parts.train_rows, batch_size=training.batch_size, seed=training.seed),
+        schedule=Schedule(training.learning_rate, recipe.steps, training.warmup_fraction, training.final_fraction),
+        checkpoints=checkpoints,
+        plan=Plan(recipe.steps, training.seed, training.save_every_tokens, recipe.evaluate.every_tokens),
         hooks=Hooks(record, evaluate, metrics.size),
-        cursor=cursor,
     )
+    with checkpoints:
+        cursor = loop.run(cursor)
     after = evaluate(cursor.step, cursor.tokens)
     metrics.close()
     return {**before, "student": after}
 
 
-def _measures_before(parts: Parts, run: Run, metrics: Metrics, cursor: Cursor) -> dict[str, HeldOut | None]:
+def _measures_before(
+    parts: Parts, run: Run, metrics: Metrics | NoMetrics, cursor: Cursor, stop: StopRequest
+) -> dict[str, HeldOut | None]:
     """Teacher and untrained student, measured once; a resumed run finds them in its held-out file."""
     if cursor.step:
         found = run.heldout
         return {role: None if found[role] is None else HeldOut(**found[role]) for role in ROLES[:2]}
-    teacher = None if parts.teacher is None else parts.measure(parts.teacher.split)
-    before: dict[str, HeldOut | None] = {"teacher": teacher, "student_before": parts.measure(parts.student)}
+    teacher = None if parts.teacher is None else parts.measure(parts.teacher.split, stop.heed)
+    student = parts.measure(parts.student, stop.heed)
+    before: dict[str, HeldOut | None] = {"teacher": teacher, "student_before": student}
     for role, name in (("teacher", "teacher"), ("student_before", "student")):
         found = before[role]
         if found is not None:
             metrics.append(_evaluation_record(name, 0, 0, found))
-    _write_heldout(run, before)
+    if parts.ranks.leads:
+        _write_heldout(run, before)
     return before
 
 
 def _finish(run: Run, parts: Parts, found: dict[str, HeldOut | None]) -> None:
     """Write the student, what was measured, a sample of text, the report and the card."""
-    parts.student.model.save_pretrained(run.student)
+    state, samples = full_state(parts.student.model, parts.ranks), _samples(parts)
+    if not parts.ranks.leads:
+        return
+    parts.student.plain.save_pretrained(run.student, state_dict=state)
     parts.tokenizer.save_pretrained(run.student)
-    write_json(run.folder / "samples.json", {"format": FORMAT, **_samples(parts)})
+    write_json(run.folder / "samples.json", {"format": FORMAT, **samples})
     _write_heldout(run, found)
     evaluation = {role: None if (one := found[role]) is None else one.measures for role in ROLES}
     write_json(run.folder / "evaluation.json", {"format": FORMAT, **evaluation})
@@ -144,9 +184,11 @@ def _samples(parts: Parts) -> dict[str, Any]:
     prompt = parts.heldout_rows[0].input_ids[: min(SAMPLE_PROMPT, parts.heldout_rows.context)].tolist()
     models = {"student": parts.student, **({"teacher": parts.teacher.split} if parts.teacher else {})}
     texts = {
-        name: continuation(split.model, parts.tokenizer, prompt, tokens=SAMPLE_TOKENS, usable=split.usable)
+        name: continuation(split.plain, parts.tokenizer, prompt, tokens=SAMPLE_TOKENS, usable=split.usable)
         for name, split in models.items()
     }
+    for split in models.values():
+        split.settle()
     return {"prompt": parts.tokenizer.decode(prompt, skip_special_tokens=True), **texts}
 
 
@@ -162,6 +204,11 @@ def _short(values: dict[str, Any]) -> str:
 def _write_report(run: Run) -> None:
     write_page([run], run.folder / "report.html")
     write_card(run)
+
+
+def leads() -> bool:
+    """Whether this process is the one that speaks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 # ----- verbs beside distill

@@ -22,7 +22,7 @@ from tailkd.objective import Objective
 from tailkd.objective.settings import DIVERGENCES
 from tailkd.teacher.live import LiveTeacher
 from tailkd.train.optim import Schedule, build_optimizer
-from tailkd.train.step import train_step
+from tailkd.train.step import Step
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses.json"
 STEPS, VOCABULARY = 50, 220
@@ -38,19 +38,14 @@ def curve(divergence: str) -> list[float]:
     teacher = LiveTeacher(sharp, usable=VOCABULARY)
     optimizer = build_optimizer(student.model, learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = Schedule(3e-3, STEPS)
+    update = Step(
+        student, teacher, Objective(divergence=divergence, top_k=5), optimizer, micro_batch_size=2, clip_norm=1.0
+    )
     losses = []
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = schedule(step)
-        result = train_step(
-            student,
-            teacher,
-            batches[step],
-            objective=Objective(divergence=divergence, top_k=5),
-            optimizer=optimizer,
-            micro_batch_size=2,
-            clip_norm=1.0,
-        )
+        result = update(batches[step])
         losses.append(result.parts["loss"].mean())
     return losses
 

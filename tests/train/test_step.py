@@ -17,7 +17,7 @@ from tailkd.models.head import SplitModel
 from tailkd.objective import Objective, distillation_loss
 from tailkd.teacher.live import LiveTeacher
 from tailkd.train.optim import Schedule, build_optimizer
-from tailkd.train.step import accumulate_gradients, train_step
+from tailkd.train.step import Step, accumulate_gradients
 
 VOCABULARY = 120
 
@@ -88,12 +88,8 @@ def train(
     student: SplitModel, teacher: LiveTeacher, batch: Batch, *, steps: int = 1, weight_decay: float = 0.1
 ) -> list[float]:
     optimizer = build_optimizer(student.model, learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=weight_decay)
-    results = [
-        train_step(
-            student, teacher, batch, objective=Objective(), optimizer=optimizer, micro_batch_size=8, clip_norm=1.0
-        )
-        for _ in range(steps)
-    ]
+    step = Step(student, teacher, Objective(), optimizer, micro_batch_size=8, clip_norm=1.0)
+    results = [step(batch) for _ in range(steps)]
     return [r.parts["loss"].mean() for r in results]
 
 
@@ -115,9 +111,7 @@ def test_gradients_are_clipped(batch: Batch) -> None:
     student, teacher = pair(torch.float32)
     optimizer = torch.optim.SGD(student.model.parameters(), lr=1.0)
     before = [p.detach().clone() for p in student.model.parameters()]
-    result = train_step(
-        student, teacher, batch, objective=Objective(), optimizer=optimizer, micro_batch_size=8, clip_norm=0.01
-    )
+    result = Step(student, teacher, Objective(), optimizer, micro_batch_size=8, clip_norm=0.01)(batch)
     moved = torch.stack([(p - b).square().sum() for p, b in zip(student.model.parameters(), before, strict=True)])
     assert result.gradient_norm > 0.01
     assert moved.sum().sqrt().item() == pytest.approx(0.01, rel=1e-3)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tailkd.data.packing import IGNORED, Row, Rows
+from tailkd.errors import Refusal
 
 _GOLDEN, _MIX1, _MIX2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
@@ -35,6 +36,13 @@ def permuted(index: int, size: int, key: int) -> int:
         index = (left << half) | right
         if index < size:
             return index
+
+
+def mixed_seed(seed: int, *numbers: int) -> int:
+    """A seed from a seed and where it is used: (seed, step, rank)."""
+    for number in numbers:
+        seed = int(_mixed(np.asarray([number], dtype=np.uint64), seed)[0])
+    return seed >> 1
 
 
 def row_of(sample: int, rows: int, seed: int) -> int:
@@ -68,14 +76,36 @@ class Batch:
     def micro_batches(self, size: int) -> Iterator[Batch]:
         """The same rows in order, `size` at a time."""
         for start in range(0, len(self), size):
-            part = slice(start, start + size)
-            yield _batch(self.input_ids[part], self.labels[part], self.segments[part], self.samples[part])
+            yield self._rows(slice(start, start + size))
+
+    def part(self, rank: int, world: int) -> Batch:
+        """One rank's rows: ``torch.cat([batch.part(r, world).input_ids for r in range(world)]) == batch.input_ids``.
+
+        Its count is of its own positions; a loss is divided by that of the whole batch.
+        """
+        size = rows_per_rank(len(self), world)
+        return self if world == 1 else self._rows(slice(rank * size, (rank + 1) * size))
+
+    def _rows(self, part: slice) -> Batch:
+        return _batch(self.input_ids[part], self.labels[part], self.segments[part], self.samples[part])
 
     def to(self, device: torch.device) -> Batch:
         input_ids, labels, segments = (
             t.to(device, non_blocking=True) for t in (self.input_ids, self.labels, self.segments)
         )
         return replace(self, input_ids=input_ids, labels=labels, segments=segments)
+
+
+def rows_per_rank(batch_size: int, world: int) -> int:
+    """``batch_size / world``; refused where ranks would get different numbers of rows."""
+    size, left = divmod(batch_size, world)
+    if left:
+        near = f"{size * world:,} or {(size + 1) * world:,}" if size else f"{world:,}"
+        raise Refusal(
+            f"training.batch_size is {batch_size:,}, which does not divide by {world:,} processes; take {near}, or "
+            "another number of processes (the same batch on every number of them gives the same run)"
+        )
+    return size
 
 
 def collate(rows: Sequence[Row], samples: Sequence[int]) -> Batch:

@@ -45,6 +45,13 @@ class FullEce:
         self.hits += torch.bincount(_bin(gold, bins), minlength=bins).double().cpu()
         self.count += len(labels)
 
+    def __add__(self, other: FullEce) -> FullEce:
+        """Of both streams' predictions."""
+        total = FullEce(len(self.hits))
+        total.confidence, total.hits = self.confidence + other.confidence, self.hits + other.hits
+        total.count = self.count + other.count
+        return total
+
     def value(self) -> float:
         return float((self.hits - self.confidence).abs().sum()) / max(self.count, 1)
 
@@ -61,6 +68,12 @@ class Ece:
         columns = torch.stack([torch.ones_like(confidence), confidence, (answer == labels).double()])
         sums = torch.zeros(3, bins, dtype=torch.float64, device=confidence.device)
         self.sums += sums.index_add_(1, _bin(confidence, bins), columns).cpu()
+
+    def __add__(self, other: Ece) -> Ece:
+        """Of both streams' predictions."""
+        total = Ece(self.sums.shape[1])
+        total.sums = self.sums + other.sums
+        return total
 
     def value(self) -> float:
         count, confidence, hits = self.sums

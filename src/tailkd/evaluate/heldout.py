@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import reduce
+from itertools import islice, zip_longest
+from operator import add
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +23,7 @@ TAIL_SIZES = (1, 5, 10, 20)
 BLOCK_BYTES = 16 << 20  # of one side's float32 logits
 
 Signal = Callable[[Batch], Head | Dense]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,16 @@ class HeldOut:
     reliability: list[list[float]]
 
 
+class Ranks(Protocol):
+    """The processes of a run, as `tailkd.train.ranks.Ranks` tells of them."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world(self) -> int: ...
+    def gathered(self, value: T) -> list[T]: ...
+
+
 @torch.no_grad()
 def evaluate(
     student: SplitModel,
@@ -38,6 +52,8 @@ def evaluate(
     batches: Iterable[Batch],
     *,
     top_k: int,
+    ranks: Ranks | None = None,
+    heed: Callable[[], None] = lambda: None,
 ) -> HeldOut:
     """Measures of the student over every valid position of `batches`.
 
@@ -46,31 +62,70 @@ def evaluate(
     acceptance = 1 - total variation) and tail_mass, the student's mass outside the teacher's K first ids. Without a
     teacher the measures that need one are None and tail_mass is outside the student's own. Give the teacher as both
     for its own measures.
+
+    Several `ranks` share the same batches out and all get the measures that one process gets. `heed` is called before
+    each batch, on all ranks equally often, and may raise to stop.
     """
-    full, top = FullEce(), Ece()
-    sums_of_rows: list[Tensor] = []  # (rows of a batch, names + 1): sums of the measures, and the number of tokens
+    own = _Sums([], FullEce(), Ece())
     was_training = student.model.training
     student.model.eval()
-    for batch in batches:
-        batch = batch.to(student.device)
-        student_head = student(batch.input_ids)
-        teacher_head = teacher(batch) if teacher is not None else None
+    try:
+        for batch, counted in _shared_out(batches, ranks):
+            heed()
+            batch = batch.to(student.device)
+            heads = student(batch.input_ids), teacher(batch) if teacher is not None else None
+            if counted:
+                own.add(batch, *heads, top_k)
+    finally:
+        student.model.train(was_training)
+        student.settle()
+    total = own if ranks is None else _Sums.of_all(ranks.gathered(own))
+    table = torch.cat(total.tables)
+    measures = _measures(table.sum(0), total.full.value(), total.top.value(), alone=teacher is None)
+    per_row = {name: table[:, _NAMES.index(name)].tolist() for name in ROW_MEASURES if measures[name] is not None}
+    return HeldOut(measures, {"tokens": table[:, -1].tolist(), **per_row}, total.top.reliability())
+
+
+def _shared_out(batches: Iterable[Batch], ranks: Ranks | None) -> Iterator[tuple[Batch, bool]]:
+    """Every world-th batch, and whether it counts.
+
+    Where the last ones do not go round, a rank without one gets one that does not count: a model that is split among
+    ranks needs all of them in each forward pass.
+    """
+    rank, world = (0, 1) if ranks is None else (ranks.rank, ranks.world)
+    left = iter(batches)
+    while turn := list(islice(left, world)):
+        yield turn[min(rank, len(turn) - 1)], rank < len(turn)
+
+
+@dataclass
+class _Sums:
+    """What was measured on some batches: for each a table (rows, names + 1) of sums and the number of tokens."""
+
+    tables: list[Tensor]
+    full: FullEce
+    top: Ece
+
+    def add(self, batch: Batch, student: Head, teacher: Head | Dense | None, top_k: int) -> None:
         layout = with_sequences(batch.valid, batch.row_borders, batch.labels.shape[1], None)
         sums = torch.zeros(len(batch), len(_NAMES) + 1, dtype=torch.float64)
-        labels = batch.labels.flatten()[batch.valid.to(student.device)].unsqueeze(1)
-        size = max(1, BLOCK_BYTES // (4 * student_head.vocabulary_size))
-        heads = student_head.to(torch.float32), None if teacher_head is None else teacher_head.to(torch.float32)
+        labels = batch.labels.flatten()[batch.valid.to(batch.labels.device)].unsqueeze(1)
+        size = max(1, BLOCK_BYTES // (4 * student.vocabulary_size))
+        heads = student.to(torch.float32), None if teacher is None else teacher.to(torch.float32)
         for place, s, t in logits_in_blocks(*heads, layout, size):
             columns, probabilities = _measured(s, s.clone() if t is None else t, labels[place], top_k)
             sums.index_add_(0, batch.valid[place] // batch.labels.shape[1], columns.cpu())
-            full.update(probabilities, labels[place].squeeze(1))
-            top.update(probabilities, labels[place].squeeze(1))
-        sums_of_rows.append(sums)
-    student.model.train(was_training)
-    table = torch.cat(sums_of_rows)
-    measures = _measures(table.sum(0), full.value(), top.value(), alone=teacher is None)
-    per_row = {name: table[:, _NAMES.index(name)].tolist() for name in ROW_MEASURES if measures[name] is not None}
-    return HeldOut(measures, {"tokens": table[:, -1].tolist(), **per_row}, top.reliability())
+            self.full.update(probabilities, labels[place].squeeze(1))
+            self.top.update(probabilities, labels[place].squeeze(1))
+        self.tables.append(sums)
+
+    @staticmethod
+    def of_all(shares: list[_Sums]) -> _Sums:
+        """The ranks' shares as one, in the order in which one process meets the batches."""
+        turns = zip_longest(*(share.tables for share in shares))
+        tables = [table for turn in turns for table in turn if table is not None]
+        full = reduce(add, (share.full for share in shares))
+        return _Sums(tables, full, reduce(add, (share.top for share in shares)))
 
 
 ROW_MEASURES = ("cross_entropy", "kl")

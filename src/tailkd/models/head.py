@@ -24,16 +24,16 @@ class SplitModel:
     """``split(input_ids).logits()`` equals ``model(input_ids).logits[..., :usable]``; a call makes no logits.
 
     Products run in `compute_dtype` over the model's own parameters, and hidden states come out in it. Deliberately no
-    nn.Module: a teacher inside must stay outside every module tree. The model may be compiled, or sharded by FSDP2
-    (`fully_shard` of the blocks and then of the model), before or after this is made.
+    nn.Module: a teacher inside must stay outside every module tree. The model may be compiled, sharded by FSDP2
+    (`fully_shard` of the blocks and then of the model) or wrapped for DDP, before this is made or after
+    (``split.model = DistributedDataParallel(split.model)``); `plain` is the model without wrappers.
     """
 
     def __init__(self, model: Any, *, usable: int | None = None, compute_dtype: torch.dtype = torch.float32) -> None:
         self.model: Any = model
         self.compute_dtype = compute_dtype
-        self.backbone, self.projection = _parts(model)
-        self._own = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
-        self.scale, self.softcap = _scale(model.config), _first(model.config, SOFTCAPS)
+        self.backbone, self.projection = _parts(self.plain)
+        self.scale, self.softcap = _scale(self.plain.config), _first(self.plain.config, SOFTCAPS)
         self.usable = self.projection.weight.shape[0] if usable is None else usable
 
     def __call__(self, input_ids: Tensor) -> Head:
@@ -47,11 +47,16 @@ class SplitModel:
     def _last_hidden_state(self, input_ids: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # the caller compiles this: Dynamo cannot trace an exchange of forward
             return self._backbone_forward(input_ids=input_ids, use_cache=False)
-        with _forward_replaced(self._own, self._backbone_forward):
+        with _forward_replaced(self.plain, self._backbone_forward):
             return self.model(input_ids=input_ids, use_cache=False)
 
     def _backbone_forward(self, **inputs: Any) -> Tensor:
         return self.backbone(**inputs).last_hidden_state
+
+    @property
+    def plain(self) -> Any:
+        """The model itself, for its names, its files and its generation: no wrapper of torch.compile or DDP."""
+        return unwrapped(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -67,13 +72,34 @@ class SplitModel:
             expected = self.model(input_ids=ids, use_cache=False).logits[..., : self.usable].float()
         got = self(ids).logits().float()
         self.model.train(was_training)
+        self.settle()
         if not torch.allclose(got, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()) + 1e-6):
             raise Refusal(
-                f"{_family(self.model)}: hidden states times vocabulary matrix do not give the model's own logits "
+                f"{_family(self.plain)}: hidden states times vocabulary matrix do not give the model's own logits "
                 f"(largest difference {float((got - expected).abs().max()):.3g}); this family treats its logits in a "
                 "way that tailkd does not know, so it cannot be a teacher or student"
             )
         return self
+
+    def settle(self) -> None:
+        """After calls without gradient: what FSDP2 keeps gathered is shards again, as optimizer and checkpoint know it.
+
+        Until then ``plain.parameters()`` are copies that nobody trains.
+        """
+        for module in self.plain.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside the wrappers of torch.compile and DistributedDataParallel; any other is itself."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
 
 
 def whole(parameter: Any) -> Any:

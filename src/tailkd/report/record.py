@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -110,21 +111,40 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 class Metrics:
-    """Appends records to metrics.jsonl; a resumed run first cuts it back to where its checkpoint stood."""
+    """Appends records to metrics.jsonl; a resumed run first cuts it back to where its checkpoint stood.
+
+    A disk that takes nothing now stops no training: records wait, and are written with the next that it takes.
+    """
 
     def __init__(self, path: Path, *, resume_at: int = 0) -> None:
-        self._file = path.open("r+b" if resume_at else "wb")
+        self._file = path.open("r+b" if resume_at else "wb", buffering=0)
+        self._written, self._waiting = resume_at, b""
         self._file.truncate(resume_at)
-        self._file.seek(resume_at)
         if not resume_at:
             self.append({"kind": "header", "format": FORMAT})
 
     def append(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record).encode() + b"\n")
-        self._file.flush()
+        self._waiting += json.dumps(record).encode() + b"\n"
+        with suppress(OSError):
+            self._file.seek(self._written)
+            self._file.truncate()  # what a failed write may have left of a line
+            if self._file.write(self._waiting) == len(self._waiting):
+                self._written, self._waiting = self._written + len(self._waiting), b""
 
     def size(self) -> int:
-        return self._file.tell()
+        """Bytes of whole records on the disk."""
+        return self._written
 
     def close(self) -> None:
         self._file.close()
+
+
+class NoMetrics:
+    """What a process that does not write has instead."""
+
+    def append(self, record: dict[str, Any]) -> None: ...
+
+    def size(self) -> int:
+        return 0
+
+    def close(self) -> None: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -15,8 +16,8 @@ PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 class Terminal:
     """Messages and the progress of training, on standard error."""
 
-    def __init__(self, *, steps: int, name: str) -> None:
-        self.console = Console(stderr=True, highlight=False)
+    def __init__(self, *, steps: int, name: str, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, highlight=False, quiet=quiet)
         self.name, self.steps, self._last = name, steps, 0.0
         self._progress: Progress | None = None
 
@@ -37,10 +38,12 @@ class Terminal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            with suppress(OSError, ValueError):
+                self._progress.stop()
 
     def say(self, message: str) -> None:
-        self.console.print(f"{self.name}: {message}", markup=False, soft_wrap=True)
+        with suppress(OSError, ValueError):  # a terminal that is gone, a closed pipe, letters it cannot show
+            self.console.print(f"{self.name}: {message}", markup=False, soft_wrap=True)
 
     def step(self, record: dict[str, Any]) -> None:
         if self._progress is not None:

@@ -14,7 +14,8 @@ from tailkd.objective.head import Head
 class LiveTeacher:
     """A callable that turns a batch into the teacher's head, without gradient and in evaluation mode.
 
-    It lives outside the student's module tree: never in its checkpoint, its optimizer or its mode.
+    It lives outside the student's module tree: never in its checkpoint, its optimizer or its mode. The model may be
+    sharded by FSDP2 of its own; its blocks are then gathered one at a time, the rest of it once and kept.
     """
 
     def __init__(self, model: Any, *, usable: int, compute_dtype: torch.dtype = torch.float32) -> None:

@@ -1,28 +1,135 @@
-"""One optimizer step: micro-batches, one division by the global count, backward, clip, update."""
+"""One optimizer step: micro-batches, one division by the global count, backward, guards, clip, update."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from tailkd.data.batches import Batch
+from tailkd.errors import OutOfMemory
 from tailkd.models.head import SplitModel
-from tailkd.objective import Head, Objective, Tally, distillation_loss
+from tailkd.objective import Dense, Head, Objective, Tally, distillation_loss
 from tailkd.objective.layout import with_sequences
 from tailkd.objective.tally import add
+from tailkd.train.parallel import clip_gradients, without_sync
+from tailkd.train.ranks import ALONE, Ranks
 
-Teacher = Callable[[Batch], Head]
+Teacher = Callable[[Batch], Head | Dense]
+
+NOT_FINITE = ("teacher's hidden states", "loss", "gradient norm")
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """parts: summed loss parts (nats). gradient_norm: before clipping. tokens: valid positions of the global batch."""
+    """parts: summed loss parts (nats). gradient_norm: before clipping. tokens: valid positions of the global batch.
+
+    not_finite: what was not, and so kept the update from happening; None for an update.
+    """
 
     parts: dict[str, Tally]
     gradient_norm: float
     tokens: int
+    not_finite: str | None = None
+
+
+def nothing_asked() -> None:
+    """For `heed` where nobody can ask to stop."""
+
+
+@dataclass
+class Step:
+    """``step(batch)`` is one update of the student on one global batch, or none where something is not finite.
+
+    heed: called before every micro-batch; what it raises leaves student and optimizer as they were.
+    auto_microbatch: where memory runs out, halve the micro-batch and repeat the same batch; `say` is told.
+    """
+
+    student: SplitModel
+    teacher: Teacher | None
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    micro_batch_size: int
+    clip_norm: float
+    ranks: Ranks = ALONE
+    heed: Callable[[], None] = nothing_asked
+    auto_microbatch: bool = False
+    say: Callable[[str], None] = field(default=lambda line: None)
+
+    def __call__(self, batch: Batch) -> StepResult:
+        parts, teacher_is_bad = self._gradients(batch)
+        norm = clip_gradients(self.student.plain, self.clip_norm)
+        not_finite = self._first_bad(teacher_is_bad, parts, norm)
+        if not_finite is None and batch.count:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(parts, float(norm), batch.count, not_finite)
+
+    def _gradients(self, batch: Batch) -> tuple[dict[str, Tally], Tensor]:
+        """Gradients of the batch's mean loss; its parts over all ranks; whether the teacher was not finite."""
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            try:
+                return self._accumulate(batch)
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    self.optimizer.zero_grad(set_to_none=True)
+                    raise
+                reason = str(error).splitlines()[0]
+            self._smaller_micro_batches(batch, reason)
+
+    def _accumulate(self, batch: Batch) -> tuple[dict[str, Tally], Tensor]:
+        own = batch.part(self.ranks.rank, self.ranks.world)
+        bad = torch.zeros((), dtype=torch.bool, device=self.student.device)
+
+        def watched(micro: Batch) -> Head | Dense:
+            nonlocal bad
+            assert self.teacher is not None
+            signal = self.teacher(micro)
+            bad = bad | ~torch.isfinite(signal.hidden).all()
+            return signal
+
+        parts = accumulate_gradients(
+            self.student,
+            watched if self.teacher is not None else None,
+            own,
+            objective=self.objective,
+            micro_batch_size=self.micro_batch_size,
+            divisor=batch.count / self.ranks.world,
+            heed=self.heed,
+        )
+        return self._over_ranks(parts, batch), bad
+
+    def _over_ranks(self, parts: dict[str, Tally], batch: Batch) -> dict[str, Tally]:
+        if self.ranks.world == 1 or not parts:
+            return parts
+        names = list(parts)
+        sums = self.ranks.summed(torch.stack([parts[n].sum.double() for n in names]))
+        weights = self.ranks.summed(torch.tensor([parts[n].weight for n in names], dtype=torch.float64))
+        return {n: Tally(sums[i], float(weights[i])) for i, n in enumerate(names)}
+
+    def _first_bad(self, teacher_is_bad: Tensor, parts: dict[str, Tally], norm: Tensor) -> str | None:
+        """What is not finite on any rank, asked in one look at the device."""
+        losses = [~torch.isfinite(tally.sum) for tally in parts.values()]
+        loss_is_bad = torch.stack(losses).any() if losses else torch.zeros_like(teacher_is_bad)
+        flags = torch.stack([teacher_is_bad, loss_is_bad.to(norm.device), ~torch.isfinite(norm)]).float()
+        found = self.ranks.largest(flags).tolist()
+        return next((name for name, flag in zip(NOT_FINITE, found, strict=True) if flag), None)
+
+    def _smaller_micro_batches(self, batch: Batch, reason: str) -> None:
+        rows = min(self.micro_batch_size, len(batch) // self.ranks.world)
+        if not self.auto_microbatch or rows == 1 or self.ranks.world > 1:
+            raise OutOfMemory(
+                f"{rows} rows of {batch.input_ids.shape[1]} tokens do not fit into memory ({reason}); lower "
+                "training.micro_batch_size (it changes memory, not the result), data.context, or set "
+                "training.auto_microbatch: true (on one process), and run the same command again"
+            )
+        self.micro_batch_size = rows // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.say(f"out of memory: going on with micro-batches of {self.micro_batch_size} rows ({reason})")
 
 
 def accumulate_gradients(
@@ -32,36 +139,27 @@ def accumulate_gradients(
     *,
     objective: Objective,
     micro_batch_size: int,
+    divisor: float | None = None,
+    heed: Callable[[], None] = nothing_asked,
 ) -> dict[str, Tally]:
     """Add the gradient of the batch's mean loss to the student's parameters; the micro-batch does not change it.
 
-    Equals ``distillation_loss(student(batch), teacher(batch), batch.labels, objective=objective).mean().backward()``.
+    Equals ``distillation_loss(student(batch), teacher(batch), batch.labels, objective=objective).mean(divisor)
+    .backward()``; the divisor is the number of valid tokens, where gradients are averaged over ranks a rank's share.
     """
     parts: dict[str, Tally] = {}
-    for micro in batch.micro_batches(micro_batch_size):
+    micros = list(batch.micro_batches(micro_batch_size))
+    for number, micro in enumerate(micros, 1):
+        heed()
         micro = micro.to(student.device)
         signal = teacher(micro) if teacher is not None and objective.needs_teacher else None
         layout = with_sequences(micro.valid, micro.row_borders, micro.labels.shape[1], None)
-        loss = distillation_loss(student(micro.input_ids), signal, micro.labels, objective=objective, layout=layout)
-        loss.mean(batch.count).backward()
+        with without_sync(student, last=number == len(micros)):
+            loss = distillation_loss(student(micro.input_ids), signal, micro.labels, objective=objective, layout=layout)
+            loss.mean(batch.count if divisor is None else divisor).backward()
         parts = add(parts, loss.parts)
     return parts
 
 
-def train_step(
-    student: SplitModel,
-    teacher: Teacher | None,
-    batch: Batch,
-    *,
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    micro_batch_size: int,
-    clip_norm: float,
-) -> StepResult:
-    """One update of the student on one global batch."""
-    optimizer.zero_grad(set_to_none=True)
-    parts = accumulate_gradients(student, teacher, batch, objective=objective, micro_batch_size=micro_batch_size)
-    trained = [p for p in student.model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(trained, clip_norm)
-    optimizer.step()
-    return StepResult(parts, float(norm), batch.count)
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

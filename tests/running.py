@@ -1,0 +1,99 @@
+"""Whole runs for tests of faults: a small recipe, runs as processes, and what two runs must share to the last bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from tailkd.models.head import SplitModel
+from tailkd.report.record import Run
+
+
+def small(stranger: SimpleNamespace, out: Path, **training: Any) -> dict[str, Any]:
+    """12 steps of 8 rows in two micro-batches, evaluated every 4 steps, saved every 3."""
+    values = {
+        "tokens": 12 * 8 * 24,
+        "batch_size": 8,
+        "micro_batch_size": 4,
+        "learning_rate": 1e-3,
+        "seed": 3,
+        "save_every_tokens": 3 * 8 * 24,
+        **training,
+    }
+    return {
+        "name": "faults",
+        "out": str(out),
+        "teacher": {"model": str(stranger.teacher)},
+        "student": {"model": str(stranger.student)},
+        "data": {"train": {"path": str(stranger.corpus), "text": "body"}, "context": 24},
+        "objective": {"divergence": "tail_aware", "top_k": 5},
+        "training": values,
+        "evaluate": {"tokens": 400, "every_tokens": 4 * 8 * 24, "batch_size": 4},
+    }
+
+
+def steps(run: Run) -> list[tuple[Any, ...]]:
+    """What a step's record must repeat exactly: number, samples, loss as a hexadecimal float, gradient norm."""
+    return [
+        (r["step"], *r["samples"], r["loss"].hex(), r["gradient_norm"].hex())
+        for r in run.metrics
+        if r["kind"] == "step"
+    ]
+
+
+def state(run: Run) -> dict[str, torch.Tensor]:
+    """Student and newest checkpoint: weights and moments."""
+    newest = max((run.folder / "checkpoints").glob("step-*"))
+    files = [*sorted(newest.glob("*.safetensors")), run.student / "model.safetensors"]
+    return {f"{file.parent.name}/{name}": t for file in files for name, t in load_file(file).items()}
+
+
+def assert_same(run: Run, other: Run) -> None:
+    """Losses, samples, evaluations, weights and optimizer state are equal to the last bit."""
+    assert steps(run) == steps(other)
+    assert run.evaluation == other.evaluation
+    measured = [[(r["step"], r["cross_entropy"]) for r in one.evaluations()] for one in (run, other)]
+    assert measured[0] == measured[1]
+    ours, theirs = state(run), state(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def on_call(number: int, action: Callable[[], None]) -> Callable[..., Any]:
+    """A forward pass for `SplitModel.__call__` that acts before its `number`-th call (teacher and student count)."""
+    real, calls = SplitModel.__call__, 0
+
+    def call(split: SplitModel, input_ids: torch.Tensor) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            action()
+        return real(split, input_ids)
+
+    return call
+
+
+def send(number: signal.Signals) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def start(
+    recipe: dict[str, Any], *arguments: str, ranks: int = 1, environment: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """``tailkd distill`` as a process of its own; under torchrun where there is more than one rank."""
+    file = Path(recipe["out"]).parent / "recipe.json.yaml"
+    file.write_text(json.dumps(recipe))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", "tailkd", "distill", str(file), *arguments]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
