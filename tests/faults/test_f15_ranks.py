@@ -12,7 +12,7 @@ import torch
 
 # Two processes forked from one interpreter, with gloo between them. `wrapped` is one process' model made parallel.
 SCRIPT = '''
-import json, os, sys
+import json, os, signal, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -40,13 +40,14 @@ def full(state):
     return {name.removeprefix("module."): t.reshape(-1).tolist() for name, t in found.items()}
 
 def meet(rank, checkpoints, state, trouble):
-    """What this rank is told of a save in which rank 1 alone meets trouble."""
+    """What this rank is told of a save in which one rank alone meets trouble."""
     checkpoints.wait()
     bias = state[0].layer.bias.to_local() if kind == "sharded" else state[0].module.layer.bias
     healthy = bias.detach().clone()
-    if rank == 1 and trouble == "nan":
+    whose, trouble = trouble.split(" ")
+    if rank == int(whose) and trouble == "nan":
         bias.data[0] = float("nan")
-    elif rank == 1:
+    elif rank == int(whose):
         os.environ["TAILKD_FAULT"] = trouble
     try:
         saving.save(checkpoints, state, until + 1)
@@ -78,6 +79,7 @@ children = []
 for rank in range(2):
     children.append(os.fork())
     if children[-1] == 0:
+        signal.alarm(120)  # ends this process too, should the other one have left it waiting
         try:
             main(rank)
         except BaseException:
@@ -132,9 +134,12 @@ def test_two_one_two(tmp_path: Path, kind: str) -> None:
 
 
 def test_trouble_of_one_rank_is_told_to_all(tmp_path: Path) -> None:
-    first, second = two_ranks(tmp_path, "sharded", 0, 2, "shard:middle=ENOSPC", "nan")
+    full = "shard:middle=ENOSPC"
+    troubles = ("0 folder:before=ENOSPC", f"0 {full}", f"1 {full}", "0 manifest:middle=ENOSPC", "1 nan")
+    first, second = two_ranks(tmp_path, "sharded", 0, 2, *troubles)
     assert first["met"] == second["met"]
-    assert "step 3 is not saved" in first["met"][0]
-    assert "No space left on device; the checkpoints before it stand" in first["met"][0]
-    assert first["met"][1] == "Diverged: step 3 is not saved: layer.bias not finite; the checkpoints before it stand"
+    for met in first["met"][:-1]:
+        assert "step 3 is not saved" in met
+        assert "No space left on device; the checkpoints before it stand" in met
+    assert first["met"][-1] == "Diverged: step 3 is not saved: layer.bias not finite; the checkpoints before it stand"
     assert saving.names(tmp_path / "checkpoints") == ["step-000000002"]
