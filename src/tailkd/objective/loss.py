@@ -93,8 +93,8 @@ def distillation_loss(
         token_weights: (batch, sequence) factor on each position's loss; the count stays that of valid positions.
         impl: "fused" (Triton kernels, CUDA), "chunked" (torch ops, any device), "reference" (eager, dense logits: the
             oracle), or "auto": fused where it can run, else chunked.
-        layout: where the valid positions lie, if the host knows (`Batch.layout`); else it is read off the labels, which
-            waits for a GPU.
+        layout: where the valid positions lie, if the host knows (`with_sequences`); else it is read off the labels,
+            which waits for a GPU.
 
     Raises:
         ValueError: a teacher that is missing, vocabularies or shapes that differ, an `impl` that is unknown or cannot

@@ -124,18 +124,20 @@ class Loop:
         cursor = replace(self.cursor, metrics_bytes=self.hooks.metrics_bytes())
         try:
             self.checkpoints.save(self.step.student.plain, self.step.optimizer, cursor)
-            self.saved = cursor.step
-        except OSError as error:
+        except OSError as error:  # of the save before: this state was not handed over yet
             self._failed(error)
             self.checkpoints.save(self.step.student.plain, self.step.optimizer, cursor)
-            self.saved = cursor.step
+        self.saved = cursor.step
 
     def _failed(self, error: OSError) -> None:
         """A save before this one did not reach the disk."""
         self.failed_saves += 1
         self.step.say(f"a checkpoint could not be written: {error}")
         if self.failed_saves == SAVE_TRIES:
-            raise DataError(f"{self.failed_saves} checkpoints could not be written, the last: {error}") from error
+            raise DataError(
+                f"{self.failed_saves} checkpoints could not be written, the last: {error}; make room and run the same "
+                "command"
+            ) from error
 
     def _settle(self) -> None:
         """Wait for the save that is under way; the last one must be on the disk."""
