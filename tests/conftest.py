@@ -9,6 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+# One thread: tiny models are no faster on two, and a process forked after OpenMP has started threads hangs. Read when
+# torch is imported, here and in every process that a test starts.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import builders
 import hypothesis
 import pytest
