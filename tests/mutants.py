@@ -50,6 +50,13 @@ MUTANTS = (
         "tests/objective/test_kernels.py",
     ),
     Mutant(
+        "a kept graph's gradient scaled in place",
+        "objective/chunked.py",
+        "scaled = torch.mul if _graph_is_kept() else Tensor.mul_",
+        "scaled = Tensor.mul_",
+        "tests/objective/test_chunked.py",
+    ),
+    Mutant(
         "mean tail mass over all rows, chunked and fused",
         "objective/work.py",
         "objective, log_mean = self.objective, self.log_mean[self.group[start:stop]]",
@@ -341,6 +348,13 @@ MUTANTS = (
         "if not_finite is None and batch.count:",
         "if batch.count:",
         "tests/faults/test_f18_not_finite.py",
+    ),
+    Mutant(
+        "one rank skips an update alone",
+        "train/step.py",
+        "found = self.ranks.largest(flags).tolist()",
+        "found = flags.tolist()",
+        "tests/train/test_ranks.py",
     ),
     Mutant(
         "divergence goes on",

@@ -9,7 +9,7 @@ from tailkd.objective import blocks
 from tailkd.objective.rows import Weights
 from tailkd.objective.work import Work
 
-BLOCK_BYTES = 2 << 20  # one float32 buffer of a block on a CPU
+BLOCK_BYTES = 4 << 20  # one float32 buffer of a block on a CPU
 
 Buffers = tuple[Tensor, Tensor, Tensor]
 

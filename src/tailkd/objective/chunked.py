@@ -84,8 +84,15 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        scaled_back = (None if g is None else (g * incoming[0].to(g.dtype)).to(dtype) for g, dtype in pairs)
+        scaled = torch.mul if _graph_is_kept() else Tensor.mul_  # the last time nobody else will read what was saved
+        scaled_back = (None if g is None else scaled(g, incoming[0].to(g.dtype)).to(dtype) for g, dtype in pairs)
         return (*scaled_back, None)
+
+
+def _graph_is_kept() -> bool:
+    """Whether this backward pass may be followed by another; True where torch does not tell."""
+    told = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return told is None or told()
 
 
 def _run(work: Work, gradients: _Gradients, engine: Engine) -> None:
