@@ -91,7 +91,8 @@ class _Chunked(torch.autograd.Function):
 
 def _graph_is_kept() -> bool:
     """Whether this backward pass may be followed by another; True where torch does not tell."""
-    told = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    autograd: Any = getattr(torch._C, "_autograd", None)
+    told = getattr(autograd, "_get_current_graph_task_keep_graph", None)
     return told is None or told()
 
 
