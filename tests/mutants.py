@@ -402,7 +402,7 @@ MUTANTS = (
     ),
     Mutant(
         "secrets written down",
-        "ending.py",
+        "secrets.py",
         "text = form.sub(shown, text)",
         "pass",
         "tests/faults/test_f42_crash.py",

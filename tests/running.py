@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +42,25 @@ def small(stranger: SimpleNamespace, out: Path, **training: Any) -> dict[str, An
         "training": values,
         "evaluate": {"tokens": 400, "every_tokens": 4 * 8 * 24, "batch_size": 4},
     }
+
+
+def long(stranger: SimpleNamespace, out: Path, **training: Any) -> dict[str, Any]:
+    """60 steps, saved every 20."""
+    return small(stranger, out, **{"tokens": 60 * 8 * 24, "save_every_tokens": 20 * 8 * 24, **training})
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The steps that a run has written down so far."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [record for record in map(json.loads, lines) if record["kind"] == "step"]
+
+
+def wait_for_steps(folder: Path, number: int) -> None:
+    until = time.monotonic() + 120
+    while len(records(folder)) < number:
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def steps(run: Run) -> list[tuple[Any, ...]]:
@@ -97,3 +118,20 @@ def start(
     command = [sys.executable, *launcher, "-m", "tailkd", "distill", str(file), *arguments]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
+
+
+def start_by_hand(command: list[str], *, ranks: int = 2, timeout: float = 600) -> list[subprocess.Popen[str]]:
+    """A Python command as the processes of one run, without torchrun, which would end them all when one ends."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+    variables = {**os.environ, **address, "OMP_NUM_THREADS": "1", "TAILKD_TIMEOUT": str(timeout)}
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(ranks)
+    ]

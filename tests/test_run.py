@@ -185,7 +185,7 @@ def test_outputs_that_cannot_be_written_are_refused_before_a_model_is_loaded(
         tailkd.distill(small(stranger, Path("/proc/run")))
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(Refusal, match=r"need 0.0 GB, the disk has 0.0 GB free.*keep_checkpoints"):
+    with pytest.raises(Refusal, match=r"need 1.3 MB, the disk has 0.1 MB free.*keep_checkpoints"):
         tailkd.distill(small(stranger, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import re
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from tailkd.errors import BUG, DONE, Refusal, Stop
+from tailkd.errors import BUG, DONE, DataError, Refusal, Stop
 from tailkd.folder import environment
 from tailkd.report.record import FORMAT, Run, write_json
-
-SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
-SECRET_FORMS = (
-    (re.compile(r"://[^/\s:@]+:[^/\s@]+@"), "://***@"),
-    (re.compile(r"\b(hf|sk|ghp|wandb)_[A-Za-z0-9]{8,}"), "***"),
-    (re.compile(r"(?i)((?:token|key|secret|password)=)[^&\s'\"]+"), r"\1***"),
-)
+from tailkd.secrets import without_secrets
 
 
 @contextmanager
@@ -46,6 +38,24 @@ def noted(run: Run, *, leads: bool = True) -> Iterator[None]:
         error.add_note(_five_lines(run, error, step))
         raise
     _note(run, DONE, "finished", leads)
+
+
+@contextmanager
+def on_disk(run: Run) -> Iterator[None]:
+    """For what is written outside training: a disk that does not take it ends the run with code 78, not as a bug.
+
+    Raises:
+        DataError: with the disk's words.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"{run.folder} cannot be written any more ({error}); what is saved stands: make room and run the same "
+            "command"
+        ) from error
 
 
 def _note(run: Run, code: int, message: str, leads: bool) -> None:
@@ -91,13 +101,3 @@ def _five_lines(run: Run, error: BaseException, step: int) -> str:
 def _short(text: str) -> str:
     line = (text.splitlines() or [""])[0]
     return line if len(line) < 300 else line[:300] + "…"
-
-
-def without_secrets(text: str) -> str:
-    """The text without the values of environment variables that look secret, credentials in URLs, and known tokens."""
-    for name, value in os.environ.items():
-        if SECRET_NAMES.search(name) and len(value) >= 6:
-            text = text.replace(value, "***")
-    for form, shown in SECRET_FORMS:
-        text = form.sub(shown, text)
-    return text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tailkd.secrets import without_secrets
+
 DONE, BUG, REFUSED, PREEMPTED, DIVERGED, OUT_OF_MEMORY, DATA = 0, 1, 2, 75, 76, 77, 78
 
 
@@ -10,11 +12,17 @@ class Refusal(ValueError):
 
     exit_code = REFUSED
 
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
+
 
 class Stop(RuntimeError):
     """A run ends before its end, and says with its exit code what a supervisor should do."""
 
     exit_code = BUG
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
 
 
 class Preempted(Stop):

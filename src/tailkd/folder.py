@@ -22,6 +22,7 @@ from tailkd.errors import Refusal
 from tailkd.models import precision
 from tailkd.recipe import Recipe
 from tailkd.report.record import FORMAT, Run, write_json
+from tailkd.secrets import masked
 
 RUN_FILES = (
     "recipe.yaml",
@@ -63,10 +64,10 @@ def already_finished(recipe: Recipe, run: Run, allow_change: Set[str] = frozense
     """
     if not holds_a_run(run):
         return False
-    saved = recipe_file.read(run.folder / "recipe.yaml")
-    now, then = recipe.identity(), saved.identity()
+    saved = recipe_file.read_saved(run.folder / "recipe.yaml")
+    now, then = masked(recipe.identity()), masked(saved.identity())
     if run.finished:  # no update is left to which a changed one could apply
-        now, then = {**now, **recipe.optimiser()}, {**then, **saved.optimiser()}
+        now, then = {**now, **masked(recipe.optimiser())}, {**then, **masked(saved.optimiser())}
         allow_change = frozenset()
     changed = [key for key in {**then, **now} if now.get(key) != then.get(key) and key not in allow_change]
     if changed:
@@ -95,7 +96,8 @@ def locked(run: Run) -> Iterator[None]:
         file.flush()
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that is read-only by now must not hide why the run ended
+            path.unlink(missing_ok=True)
         file.close()
         if made:
             with suppress(OSError):  # holds something by now
@@ -131,13 +133,18 @@ def refuse_unwritable(folder: Path) -> None:
 
 
 def refuse_small_disk(folder: Path, needed: int) -> None:
-    """Refuse a disk with less than `needed` bytes free."""
+    """Refuse a disk with less than `needed` bytes free; the checkpoints of an interrupted run lie there already."""
     free = shutil.disk_usage(_nearest(folder)).free
-    if free < needed:
+    missing = needed - sum(path.lstat().st_size for path in folder.glob("checkpoints/step-*/*.safetensors"))
+    if free < missing:
         raise Refusal(
-            f"{folder}: checkpoints and student need {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free; "
+            f"{folder}: checkpoints and student still need {_bytes(missing)}, the disk has {_bytes(free)} free; "
             "give another `out`, free some, or keep fewer with training.keep_checkpoints"
         )
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
 
 
 def _nearest(folder: Path) -> Path:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from tailkd.errors import Refusal
 from tailkd.recipe import RULES, Recipe, Section
+from tailkd.secrets import masked
 
 MAX_BYTES, MAX_NODES = 1 << 20, 10_000  # a recipe is a page; more is a mistake or an attack
 
@@ -46,15 +47,24 @@ def read(recipe: str | Path | dict[str, Any], overrides: dict[str, Any] | None =
     for key, value in (overrides or {}).items():
         _override(values, key, value)
         lines[key] = 0
-    try:
-        checked = Recipe.model_validate(values)
-    except ValidationError as error:
-        problems = [_problem(e) for e in error.errors()]
-        raise RecipeRefusal(name, problems, lines) from None
+    checked = _typed(name, values, lines)
     problems = [Problem(key, message) for rule in RULES for key, message in rule(checked)]
     if problems:
         raise RecipeRefusal(name, problems, lines)
     return checked
+
+
+def read_saved(path: Path) -> Recipe:
+    """The recipe in a run folder, as it was written there: what it names may be gone, or masked."""
+    return _typed(str(path), *_load(path))
+
+
+def _typed(name: str, values: dict[str, Any], lines: dict[str, int]) -> Recipe:
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = [_problem(e) for e in error.errors()]
+        raise RecipeRefusal(name, problems, lines) from None
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
@@ -79,10 +89,10 @@ def schema() -> dict[str, Any]:
 
 
 def write(recipe: Recipe, path: Path) -> None:
-    """The resolved recipe as YAML, readable again."""
+    """The resolved recipe as YAML, readable again; secrets in it are masked."""
     with path.open("w", encoding="utf-8") as file:
         file.write(f"{HEADER}\n")
-        _yaml().dump(recipe.resolved(), file)
+        _yaml().dump(masked(recipe.resolved()), file)
 
 
 def _yaml() -> Any:

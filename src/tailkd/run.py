@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from tailkd import ending, folder, recipe_file
 from tailkd.data import tokens
 from tailkd.data.batches import Batches
 from tailkd.data.corpus import BadRecords
-from tailkd.errors import Refusal
+from tailkd.errors import Diverged, Refusal
 from tailkd.evaluate.heldout import HeldOut
 from tailkd.models.sample import continuation
 from tailkd.objective import Objective
@@ -21,8 +21,9 @@ from tailkd.parts import Parts, Say, build, check_saved_tokenizer, read_vocabula
 from tailkd.recipe import Recipe
 from tailkd.report.card import write_card
 from tailkd.report.page import write_page
-from tailkd.report.record import FORMAT, Metrics, NoMetrics, Run, write_json
+from tailkd.report.record import FORMAT, Metrics, NoMetrics, Run, Stopped, write_json
 from tailkd.report.terminal import Terminal
+from tailkd.secrets import masked
 from tailkd.train.checkpoint import Checkpoints, Cursor
 from tailkd.train.loop import Hooks, Loop, Plan
 from tailkd.train.optim import Schedule, build_optimizer
@@ -90,7 +91,7 @@ def _train(
     )
     checkpoints = Checkpoints(
         run.folder / "checkpoints",
-        identity={**recipe.identity(), "data (content)": parts.fingerprint},
+        identity=masked({**recipe.identity(), "data (content)": parts.fingerprint}),
         optimiser=recipe.optimiser(),
         keep=training.keep_checkpoints,
         allow_change=allow_change,
@@ -106,8 +107,11 @@ def _train(
         metrics.append(values)
         terminal.step(values)
 
+    last = before["student_before"]  # what is known of the student, should the run diverge
+
     def evaluate(step: int, trained: int) -> HeldOut:
-        found = parts.measure(student, stop.heed)
+        nonlocal last
+        last = found = parts.measure(student, stop.heed)
         metrics.append(_evaluation_record("student", step, trained, found))
         terminal.say(f"held out at {trained:,} tokens: " + _short(found.measures))
         return found
@@ -131,11 +135,24 @@ def _train(
         plan=Plan(recipe.steps, training.seed, training.save_every_tokens, recipe.evaluate.every_tokens),
         hooks=Hooks(record, evaluate, metrics.size),
     )
-    with checkpoints:
+    with checkpoints, _reported(run, ranks, lambda: {**before, "student": last}):
         cursor = loop.run(cursor)
     after = evaluate(cursor.step, cursor.tokens)
     metrics.close()
     return {**before, "student": after}
+
+
+@contextmanager
+def _reported(run: Run, ranks: Ranks, found: Callable[[], dict[str, HeldOut | None]]) -> Iterator[None]:
+    """A run that diverges leaves a report: why, and what was measured until then."""
+    try:
+        yield
+    except Diverged as diverged:
+        if ranks.leads:
+            with ending.on_disk(run):
+                _write_heldout(run, found())
+                write_page([Stopped(run.folder, f"Diverged at {diverged}.")], run.folder / "report.html")
+        raise
 
 
 def _measures_before(
@@ -153,7 +170,8 @@ def _measures_before(
         if found is not None:
             metrics.append(_evaluation_record(name, 0, 0, found))
     if parts.ranks.leads:
-        _write_heldout(run, before)
+        with ending.on_disk(run):
+            _write_heldout(run, before)
     return before
 
 
@@ -162,13 +180,14 @@ def _finish(run: Run, parts: Parts, found: dict[str, HeldOut | None]) -> None:
     state, samples = full_state(parts.student.model, parts.ranks), _samples(parts)
     if not parts.ranks.leads:
         return
-    parts.student.plain.save_pretrained(run.student, state_dict=state)
-    parts.tokenizer.save_pretrained(run.student)
-    write_json(run.folder / "samples.json", {"format": FORMAT, **samples})
-    _write_heldout(run, found)
-    evaluation = {role: None if (one := found[role]) is None else one.measures for role in ROLES}
-    write_json(run.folder / "evaluation.json", {"format": FORMAT, **evaluation})
-    _write_report(Run(run.folder))
+    with ending.on_disk(run):
+        parts.student.plain.save_pretrained(run.student, state_dict=state)
+        parts.tokenizer.save_pretrained(run.student)
+        write_json(run.folder / "samples.json", {"format": FORMAT, **samples})
+        _write_heldout(run, found)
+        evaluation = {role: None if (one := found[role]) is None else one.measures for role in ROLES}
+        write_json(run.folder / "evaluation.json", {"format": FORMAT, **evaluation})
+        _write_report(Run(run.folder))
 
 
 def _write_heldout(run: Run, found: dict[str, HeldOut | None]) -> None:

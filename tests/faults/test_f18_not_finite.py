@@ -17,6 +17,7 @@ from tailkd import parts
 from tailkd.data.batches import Batch, Batches
 from tailkd.errors import Diverged
 from tailkd.objective import Head
+from tailkd.report.record import Run
 from tailkd.teacher.live import LiveTeacher
 from tailkd.train import step as step_module
 
@@ -75,7 +76,16 @@ def test_f19_three_in_a_row(recipe: dict[str, Any], training_only: None, monkeyp
     assert (ending["exit_code"], ending["step"]) == (76, 10)
     newest = max((folder / "checkpoints").glob("step-*"))
     assert all(torch.isfinite(t).all() for f in newest.glob("*.safetensors") for t in load_file(f).values())
-    assert tailkd.distill(recipe).finished  # the teacher is well again: it goes on
+    page = (folder / "report.html").read_text()
+    assert "Why did it stop?" in page
+    assert "Diverged at step 10: the teacher&#39;s hidden states was not finite, 3 times in a row" in page
+    assert "nan" not in page
+    measured = [r for r in Run(folder).evaluations() if r["role"] == "student"]
+    assert [r["step"] for r in measured] == [0, 4, 8]
+    assert f"{measured[-1]['kl']:.4f}" in page
+    assert (
+        "Why did it stop?" not in (tailkd.distill(recipe).folder / "report.html").read_text()
+    )  # the teacher is well again: it goes on
 
 
 def test_a_loss_or_gradient_that_is_not_finite(recipe: dict[str, Any], monkeypatch: Patch) -> None:

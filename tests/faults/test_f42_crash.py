@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +16,11 @@ import running
 
 import tailkd
 from tailkd import cli
+from tailkd.errors import Preempted, Refusal
 from tailkd.models.head import SplitModel
-from tailkd.report.record import Metrics
+from tailkd.report.record import Metrics, Run
 from tailkd.report.terminal import Terminal
+from tailkd.secrets import masked, without_secrets
 
 CANARIES = ("canary-in-environment-1", "hf_canaryInException2", "canary-in-url-3", "canary-in-query-4")
 
@@ -47,10 +52,75 @@ def test_f42_a_crash_says_what_and_where_and_no_secret(
     assert "torch" in crash["environment"]["versions"]
     assert any("accumulate_gradients" in line for line in crash["where"])
     assert json.loads((folder / "exit.json").read_text())["exit_code"] == 1
-    written = "".join(p.read_text(errors="replace") for p in folder.rglob("*") if p.is_file()) + said
+    written = written_in(folder) + said
     assert not [canary for canary in CANARIES if canary in written]
     assert tailkd.distill(recipe).finished
     assert not (folder / "crash.json").exists()
+
+
+def written_in(folder: Path) -> str:
+    return "".join(path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def with_secrets(recipe: dict[str, Any], stranger: SimpleNamespace, tmp_path: Path) -> dict[str, Any]:
+    """A recipe whose name, models and corpus carry what looks like a token, and which works all the same."""
+    hidden = tmp_path / f"{CANARIES[1]}" / f"x?token={CANARIES[3]}"
+    hidden.mkdir(parents=True)
+    shutil.copytree(stranger.teacher, hidden / "teacher")
+    shutil.copytree(stranger.student, hidden / "student")
+    shutil.copy(stranger.corpus, hidden / "corpus.jsonl")
+    with (hidden / "corpus.jsonl").open("a") as file:  # a record that is named where it lies
+        file.write('{"body": 5}\n')
+    recipe["name"] = f"student of https://user:{CANARIES[2]}@example.org/model"
+    recipe["teacher"]["model"], recipe["student"]["model"] = str(hidden / "teacher"), str(hidden / "student")
+    recipe["data"] |= {"train": {"path": str(hidden / "corpus.jsonl"), "text": "body"}, "max_bad": 0.1}
+    return recipe
+
+
+def test_f42_secrets_in_a_recipe(
+    with_secrets: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Interrupted, resumed and finished: masked in every file and message, and the same run all the same."""
+    folder = Path(with_secrets["out"])
+    with monkeypatch.context() as patch:
+        patch.setattr(SplitModel, "__call__", running.on_call(40, running.send(signal.SIGTERM)))
+        with pytest.raises(Preempted):
+            tailkd.distill(with_secrets)
+    for _ in ("resumed", "finished already"):
+        assert tailkd.distill(with_secrets).finished
+    with pytest.raises(Refusal, match=r"training.seed: was 3, is 4"):
+        tailkd.distill(with_secrets, **{"training.seed": 4})
+    with pytest.raises(Refusal, match=r"data.train.text: was 'body', is 'https://\*\*\*@example.org'"):
+        tailkd.distill(with_secrets, **{"data.train.text": f"https://user:{CANARIES[2]}@example.org"})
+    said = capfd.readouterr().err
+    assert "going on from step" in said
+    assert "already finished" in said
+    recipe = Run(folder).recipe
+    assert recipe["name"] == "student of https://***@example.org/model"
+    assert recipe["teacher"]["model"].endswith("/***/x?token=***")
+    names = {path.relative_to(folder).parts[0] for path in folder.rglob("*") if path.is_file()}
+    assert {"recipe.yaml", "environment.json", "README.md", "report.html", "checkpoints", "data.json"} <= names
+    written = written_in(folder) + said
+    assert not [canary for canary in CANARIES if canary in written]
+
+
+@pytest.mark.parametrize("key", ["student.model", "data.train.path", "objective.divergence", "training.seeed"])
+def test_f42_secrets_in_a_recipe_that_is_refused(recipe: dict[str, Any], key: str) -> None:
+    value = f"https://user:{CANARIES[2]}@example.org/{CANARIES[1]}"
+    with pytest.raises(Refusal) as refused:
+        tailkd.distill(recipe, **{key: value})
+    assert not [canary for canary in CANARIES if canary in str(refused.value)]
+
+
+def test_f42_what_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders and variables that only sound like it stay as they are: a masked path cannot be opened again."""
+    monkeypatch.setenv("TOKENIZER", "/models/tokenizer")
+    monkeypatch.setenv("MAX_TOKENS", "2000000")
+    assert without_secrets("https://canary@example.org/x") == "https://***@example.org/x"
+    text = "/data/hf_transformers2/sk_experiments_of_summer/monkey/models/tokenizer 2000000 tokens"
+    assert without_secrets(text) == text
+    assert masked({"a": [1, ("hf_" + "aB3" * 12, None)]}) == {"a": [1, ["***", None]]}
 
 
 def test_f44_records_wait_for_room(tmp_path: Path) -> None:

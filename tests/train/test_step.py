@@ -5,34 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import builders
-import numpy as np
 import pytest
 import torch
-from builders import numbered_store
+from stepping import VOCABULARY, eight_rows, pair
 from torch.testing import assert_close
 
-from tailkd.data.batches import Batch, Batches
-from tailkd.data.packing import Rows
+from tailkd.data.batches import Batch
 from tailkd.models.head import SplitModel
 from tailkd.objective import Objective, distillation_loss
 from tailkd.teacher.live import LiveTeacher
 from tailkd.train.optim import Schedule, build_optimizer
 from tailkd.train.step import Step, accumulate_gradients
 
-VOCABULARY = 120
-
 
 @pytest.fixture(scope="module")
 def batch() -> Batch:
-    """Eight rows, one of them mostly empty."""
-    rows = Rows(numbered_store([20, 13, 31, 9, 33]), np.arange(5), context=14, begin=0, end=1)  # type: ignore[arg-type]
-    assert len(rows) == 8
-    return Batches(rows, batch_size=8, seed=0)[0]
-
-
-def pair(dtype: torch.dtype) -> tuple[SplitModel, LiveTeacher]:
-    student = SplitModel(builders.build_model(VOCABULARY, seed=2).to(dtype))
-    return student, LiveTeacher(builders.build_model(VOCABULARY, hidden=48, seed=1).to(dtype), usable=VOCABULARY)
+    return eight_rows()
 
 
 @pytest.mark.parametrize("divergence", ["tail_aware", "forward_kl", "none", "decoupled_kd"])

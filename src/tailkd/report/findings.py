@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tailkd.report.compare import Gap, cost, gaps, ranking, recipe_differences
-from tailkd.report.record import Run
+from tailkd.report.record import Run, Stopped
 
 TITLES = {"kl": "held-out KL(T||S)", "cross_entropy": "held-out cross-entropy"}
 
@@ -21,8 +21,9 @@ class Finding:
 
 def findings(runs: Sequence[Run]) -> list[Finding]:
     """The four answers for several runs, or what one run reached and cost."""
+    stopped = [Finding("Why did it stop?", run.why) for run in runs if isinstance(run, Stopped)]
     first = [_reached(runs[0])] if len(runs) == 1 else [_best(runs), _real(runs)]
-    return [*first, _cost(runs), *([_different(runs)] if len(runs) > 1 else [])]
+    return [*stopped, *first, _cost(runs), *([_different(runs)] if len(runs) > 1 else [])]
 
 
 def _reached(run: Run) -> Finding:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tailkd.errors import Refusal
+from tailkd.secrets import masked
 
 FORMAT = 1
 
@@ -89,6 +90,22 @@ class Run:
         return [record for record in self.metrics if record["kind"] == "evaluation"]
 
 
+@dataclass(frozen=True)
+class Stopped(Run):
+    """A run that ended before its end, for a report: its student is what was measured last, and it wrote no text."""
+
+    why: str = ""
+
+    @cached_property
+    def evaluation(self) -> dict[str, Any]:
+        roles = {role: one for role, one in self.heldout.items() if role != "format"}
+        return {role: None if one is None else one["measures"] for role, one in roles.items()}
+
+    @cached_property
+    def samples(self) -> dict[str, Any]:
+        return {"prompt": "", "student": "nothing: the run stopped before its end"}
+
+
 def flattened(values: dict[str, Any], above: str = "") -> dict[str, Any]:
     """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
     flat: dict[str, Any] = {}
@@ -104,9 +121,9 @@ def checked(content: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Written aside, then renamed, so that a reader never meets half a file."""
+    """Written aside, then renamed, so that a reader never meets half a file; no secret in it."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.write_text(json.dumps(masked(content), indent=1) + "\n")
     temporary.replace(path)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tailkd.secrets import without_secrets
+
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 
 
@@ -43,7 +45,7 @@ class Terminal:
 
     def say(self, message: str) -> None:
         with suppress(OSError, ValueError):  # a terminal that is gone, a closed pipe, letters it cannot show
-            self.console.print(f"{self.name}: {message}", markup=False, soft_wrap=True)
+            self.console.print(without_secrets(f"{self.name}: {message}"), markup=False, soft_wrap=True)
 
     def step(self, record: dict[str, Any]) -> None:
         if self._progress is not None:

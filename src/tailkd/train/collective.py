@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from tailkd.errors import Diverged, Refusal
+from tailkd.train.ranks import timeout, waiting_for
 
 T = TypeVar("T")
 
@@ -20,7 +21,7 @@ class Collective:
 
     def __init__(self) -> None:
         on = dist.is_available() and dist.is_initialized()
-        self.group: dist.ProcessGroup | None = dist.new_group(backend="gloo") if on else None  # type: ignore[assignment]
+        self.group: dist.ProcessGroup | None = dist.new_group(backend="gloo", timeout=timeout()) if on else None  # type: ignore[assignment]
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if on else (0, 1)
 
     def gather(self, work: Callable[[], T]) -> list[T]:
@@ -34,7 +35,8 @@ class Collective:
             sendable = isinstance(caught, OSError | Refusal | Diverged)
             error = caught if sendable else RuntimeError(f"rank {self.rank}: {caught!r}")
         told: list[Any] = [None] * self.world
-        dist.all_gather_object(told, (result, error), group=self.group)
+        with waiting_for("to save or to resume together"):
+            dist.all_gather_object(told, (result, error), group=self.group)
         for _, failure in told:
             if failure is not None:
                 raise failure

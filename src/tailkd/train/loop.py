@@ -13,6 +13,7 @@ from tailkd.data.batches import Batch, Batches, mixed_seed
 from tailkd.errors import DataError, Diverged, Preempted
 from tailkd.train.checkpoint import Checkpoints, Cursor
 from tailkd.train.optim import Schedule
+from tailkd.train.ranks import waiting_for
 from tailkd.train.step import Step, StepResult
 
 SKIPS_IN_A_ROW = 3  # updates that were not finite, before a run has diverged
@@ -84,7 +85,8 @@ class Loop:
         # Dropout is a function of (seed, step, rank), not of what the process did before.
         torch.manual_seed(mixed_seed(self.plan.seed, before.step, self.step.ranks.rank))
         batch = self.batches[before.step]
-        result = self.step(batch)
+        with waiting_for(f"to average the gradients of step {before.step + 1:,}"):
+            result = self.step(batch)
         seconds = time.perf_counter() - started
         skipped = result.not_finite is not None or not result.tokens
         last = before.step + 1 == self.plan.steps

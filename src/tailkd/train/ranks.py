@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,8 +19,47 @@ T = TypeVar("T")
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # torchrun sets them
 # torchrun ends all processes when one dies, so these are for one that hangs.
-TIMEOUT = timedelta(minutes=30)  # of a step's exchanges
+TIMEOUT = "TAILKD_TIMEOUT"  # environment variable: seconds that a step's exchanges may take
+SECONDS = 1800.0  # where it is not set
 PATIENCE = timedelta(days=1)  # of `wait`: one process may prepare a corpus or write a large file meanwhile
+
+
+class Late(RuntimeError):
+    """Another process did not come to an exchange in time."""
+
+
+def timeout() -> timedelta:
+    """How long a process waits for the others in a step or a save: TAILKD_TIMEOUT in seconds, else half an hour.
+
+    Raises:
+        Refusal: it is not a number of seconds.
+    """
+    given = os.environ.get(TIMEOUT, str(SECONDS))
+    with suppress(ValueError, OverflowError):
+        if (found := timedelta(seconds=float(given))) > timedelta(0):
+            return found
+    raise Refusal(f"{TIMEOUT} is {given!r}; expected seconds, such as 600: how long a process waits for the others")
+
+
+@contextmanager
+def waiting_for(what: str) -> Iterator[None]:
+    """Where another process does not come to the exchange in time: an error that says which exchange it was.
+
+    Raises:
+        Late: naming this rank, the time and `what`; any other error passes as it is.
+    """
+    import torch.distributed as dist
+
+    try:
+        yield
+    except RuntimeError as error:
+        late = "timed out" in str(error).lower() and dist.is_available() and dist.is_initialized()
+        if not late or isinstance(error, Late):
+            raise
+        raise Late(
+            f"rank {dist.get_rank()} of {dist.get_world_size()} waited {timeout().total_seconds():g} s in vain for "
+            f"another process {what}: it hangs, or {TIMEOUT} is too short"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -83,7 +122,8 @@ class Ranks:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, own)
+        with waiting_for("to hear what it found"):
+            dist.all_gather_object(values, own)
         return values
 
     def agreed(self, number: int) -> int:
@@ -137,7 +177,7 @@ def _join(rank: int, world: int, local: int) -> Any:
             )
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, rank=rank, world_size=world, timeout=TIMEOUT)
+    dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout())
     return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
@@ -145,5 +185,6 @@ def _reduced(values: Tensor, operation: str) -> Tensor:
     import torch.distributed as dist
 
     result = values.detach().clone()
-    dist.all_reduce(result, op=getattr(dist.ReduceOp, operation))
+    with waiting_for("to add up what all of them have" if operation == "SUM" else "to agree whether to go on"):
+        dist.all_reduce(result, op=getattr(dist.ReduceOp, operation))
     return result
