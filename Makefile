@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all test-faults test-browser mutants check format bench docs clean
+.PHONY: demo test test-all test-faults test-browser mutants check format bench tables docs clean
 
 demo: $(VENV)/base.stamp  ## corpus, teacher and five students on this machine; opens no connection
 	$(BIN)/python -m tailkd demo
@@ -37,6 +37,9 @@ format: $(VENV)/dev.stamp
 bench: $(VENV)/bench.stamp  ## measured rows into benchmarks/results
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/objective.py --dtype float32
+
+tables: $(VENV)/base.stamp  ## the paper's parameters, operations and hours beside ours
+	$(BIN)/python -m tailkd.ledger.tables
 
 docs: $(VENV)/docs.stamp  ## HTML in docs/_build
 	$(BIN)/sphinx-build -q -W -b html docs docs/_build

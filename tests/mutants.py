@@ -338,8 +338,8 @@ MUTANTS = (
     Mutant(
         "teacher not looked at",
         "train/step.py",
-        "bad = bad | ~torch.isfinite(signal.hidden).all()",
-        "bad = bad",
+        "self.bad = self.bad | ~torch.isfinite(signal.hidden).all()",
+        "pass",
         "tests/faults/test_f18_not_finite.py",
     ),
     Mutant(

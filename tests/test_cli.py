@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import builders
 import pytest
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from tailkd import cli
+from tailkd.errors import Refusal
 
 
 def tailkd(*arguments: str, expected: int = 0) -> tuple[str, str]:
@@ -31,7 +35,7 @@ def recipe_path(recipe: dict[str, Any], tmp_path: Path) -> Path:
 
 def test_the_verbs_are_these() -> None:
     names = {command.name or command.callback.__name__ for command in cli.app.registered_commands}  # type: ignore[union-attr]
-    assert names == {"demo", "distill", "evaluate", "report", "check", "schema", "doctor"}
+    assert names == {"demo", "distill", "evaluate", "report", "check", "ledger", "schema", "doctor"}
 
 
 def test_distill_evaluate_report(recipe_path: Path, tmp_path: Path) -> None:
@@ -56,10 +60,39 @@ def test_distill_again_says_that_it_is_finished(recipe_path: Path) -> None:
 def test_check(recipe_path: Path, tmp_path: Path) -> None:
     before = sorted(p.name for p in tmp_path.iterdir())
     found = json.loads(tailkd("check", str(recipe_path), "--json")[0])
-    assert found["usable_ids"] == 400
+    assert found["vocabulary"]["usable_ids"] == 400
     assert found["steps"] == 6
-    assert "steps  6" in tailkd("check", str(recipe_path))[0]
+    assert found["corpus"]["exact"]
+    assert found["corpus"]["tokens"] == found["corpus"]["sampled_tokens"] > 10_000
+    assert "⏐" in found["corpus"]["rows"][0] + found["corpus"]["rows"][1]
+    assert found["memory_bytes"]["total"] > found["memory_bytes"]["weights"] > 0
+    assert re.search(r"steps +6", tailkd("check", str(recipe_path))[0])
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_check_lists_everything_at_once(recipe_path: Path, stranger: SimpleNamespace, tmp_path: Path) -> None:
+    """A bad key, a missing file and another vocabulary."""
+    corpus = [json.loads(line)["body"] for line in stranger.corpus.open()]
+    other = builders.save_model(tmp_path / "other", builders.build_tokenizer(corpus[::2]), hidden=32, seed=2)
+    overrides = ("training.learning_rat=1", "data.train.path=nowhere.jsonl", f"student.model={other}")
+    with pytest.raises(Refusal) as refused:
+        cli.check(recipe_path, list(overrides))
+    message = str(refused.value)
+    assert "3 problems" in message
+    assert "training.learning_rat: unknown key; did you mean 'learning_rate'" in message
+    assert "data.train.path: no file, folder or match at 'nowhere.jsonl'" in message
+    assert "vocabulary: teacher and student do not share one vocabulary" in message
+
+
+def test_the_ledger_needs_configurations_alone(recipe_path: Path, stranger: SimpleNamespace) -> None:
+    overrides = [f"teacher.config={stranger.teacher / 'config.json'}", "data.train.path=nowhere.jsonl"]
+    hardware = ["hardware.peak_flops=1e12", "hardware.price_per_hour=2.5"]
+    found = json.loads(tailkd("ledger", str(recipe_path), *overrides, *hardware, "--json")[0])
+    assert found["parameters"]["student"]["total"] < found["parameters"]["teacher"]["total"]
+    spent = found["executed"]["total"] * 1e15 * 2_000 / 1e6
+    assert found["hours"] == pytest.approx(spent / 0.4e12 / 3600)
+    assert found["money"] == pytest.approx(2.5 * found["hours"])
+    assert "pflop per million tokens" in tailkd("ledger", str(recipe_path))[0]
 
 
 @pytest.mark.parametrize(

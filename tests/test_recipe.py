@@ -94,7 +94,10 @@ CASES = {
         HEAD.replace("60_000", "many") + "colour: red\n",
         ["2 problems", "line 8: training.tokens: expected a valid integer; came 'many'", "line 9: colour: unknown key"],
     ),
-    "missing": (HEAD.replace("  tokens: 60_000", "  seed: 1"), ["line 7: training.tokens: is required and missing"]),
+    "missing": (
+        HEAD.replace("  tokens: 60_000", "  seed: 1"),
+        ["line 7: training: expected one of tokens, flops or hours; came none"],
+    ),
     "unknown divergence": (
         HEAD + "objective: {divergence: tail_awar}\n",
         ["line 9: objective.divergence: expected", "came 'tail_awar'; did you mean 'tail_aware'?"],
@@ -177,7 +180,7 @@ def test_other_encodings_and_missing_files(tmp_path: Path) -> None:
 def test_the_recipe_and_the_objective_say_the_same() -> None:
     assert Divergence.__args__ == DIVERGENCES  # type: ignore[attr-defined]
     section = ObjectiveSection()
-    assert Objective(**section.model_dump()) == Objective()
+    assert Objective(**section.settings()) == Objective()
 
 
 def test_every_key_is_documented() -> None:

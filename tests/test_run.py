@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import tailkd
-from tailkd import folder, parts, recipe_file
+from tailkd import folder, pair, parts, recipe_file
 from tailkd import run as way
 from tailkd.errors import Refusal
 from tailkd.report.record import Run
@@ -233,7 +233,7 @@ def test_begin_tokens_are_a_rule(stranger: SimpleNamespace, tmp_path: Path) -> N
         recipe = small(stranger, tmp_path)
         recipe["data"]["bos"] = bos
         recipe |= {"student": {"model": str(student)}, "teacher": {"model": str(teacher)}}
-        return parts.read_vocabulary(recipe_file.read(recipe)).begin
+        return pair.read_vocabulary(recipe_file.read(recipe)).begin
 
     assert (begin("auto"), begin("always"), begin("never")) == (None, 0, None)
     tokenizer = builders.build_tokenizer(["a"] * 3)
@@ -251,18 +251,18 @@ def test_a_begin_token_that_is_not_there_is_refused(stranger: SimpleNamespace, t
     recipe = small(stranger, tmp_path) | {"student": {"model": both}, "teacher": {"model": both}}
     recipe["data"]["bos"] = "always"
     with pytest.raises(Refusal, match=r"data.bos is 'always' but the tokenizer has no begin token"):
-        parts.read_vocabulary(recipe_file.read(recipe))
+        pair.read_vocabulary(recipe_file.read(recipe))
 
 
 def test_the_teachers_tokenizer_serves_a_student_without_one(stranger: SimpleNamespace, tmp_path: Path) -> None:
     bare = str(builders.save_model(tmp_path / "bare", None, vocabulary=400))
     recipe = small(stranger, tmp_path) | {"student": {"model": bare}}
-    assert parts.read_vocabulary(recipe_file.read(recipe)).usable == 400
+    assert pair.read_vocabulary(recipe_file.read(recipe)).usable == 400
     with pytest.raises(Refusal, match=r"neither the teacher's nor the student's folder holds a tokenizer"):
-        parts.read_vocabulary(recipe_file.read(recipe | {"teacher": {"model": bare}}))
+        pair.read_vocabulary(recipe_file.read(recipe | {"teacher": {"model": bare}}))
     alone = small(stranger, tmp_path, divergence="none") | {"student": {"model": bare}, "teacher": None}
     with pytest.raises(Refusal, match=r"student.model: '.*bare' holds no tokenizer"):
-        parts.read_vocabulary(recipe_file.read(alone))
+        pair.read_vocabulary(recipe_file.read(alone))
 
 
 def test_a_run_without_an_end_cannot_be_measured_again(tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_held_out_documents_are_never_trained_on(stranger: SimpleNamespace, tmp_
     (tmp_path / "held.jsonl").write_text("".join(lines[:7]))
     recipe = small(stranger, tmp_path / "run")
     checked = recipe_file.read(recipe)
-    shared = parts.read_vocabulary(checked)
+    shared = pair.read_vocabulary(checked)
     for heldout in ({"fraction": 0.1}, {"path": str(tmp_path / "held.jsonl"), "text": "body"}):
         recipe["data"]["heldout"] = heldout
         train, held = parts.prepare(recipe_file.read(recipe), shared, lambda message: None)

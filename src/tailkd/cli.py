@@ -150,18 +150,36 @@ def report(
 
 @app.command()
 def check(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) -> None:
-    """What would break a run, before it: recipe, vocabulary, a sample of the corpus."""
+    """What a run needs, what it costs and what would break it, before it: all problems at once."""
+    from tailkd import recipe_file
+    from tailkd.recipe_problems import RecipeRefusal
+
+    refused = None
+    try:
+        checked = recipe_file.read(recipe, recipe_file.parse_overrides(overrides or []))
+    except RecipeRefusal as refusal:
+        if refusal.partial is None:
+            raise
+        checked, refused = refusal.partial, refusal
+    from tailkd.inspection import check as inspect
+    from tailkd.report.table import print_tree
+
+    _quiet()
+    found = inspect(checked, refused)
+    print(json.dumps(found, indent=1)) if json_ else print_tree(found)
+
+
+@app.command()
+def ledger(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) -> None:
+    """Parameters, FLOPs, memory, disk, hours of a run, from model configurations alone."""
     from tailkd import recipe_file
 
-    checked = recipe_file.read(recipe, recipe_file.parse_overrides(overrides or []))
-    from tailkd import run as way
+    checked = recipe_file.read(recipe, recipe_file.parse_overrides(overrides or []), files=False)
+    from tailkd.bill import bill, settled
+    from tailkd.report.table import print_tree
 
-    found = way.check(checked)
-    if json_:
-        print(json.dumps(found, indent=1))
-        return
-    for key, value in found.items():
-        print(f"{key.replace('_', ' '):>18}  {value}")
+    found = bill(settled(checked)).as_dict()
+    print(json.dumps(found, indent=1)) if json_ else print_tree(found)
 
 
 @app.command()

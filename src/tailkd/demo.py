@@ -13,7 +13,8 @@ import torch
 
 from tailkd import recipe_file
 from tailkd.data.packing import IGNORED, Rows
-from tailkd.parts import prepare, read_vocabulary
+from tailkd.pair import read_vocabulary
+from tailkd.parts import prepare
 from tailkd.report.page import write_page
 from tailkd.report.record import Run
 from tailkd.run import distill

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import xxhash
 
-from tailkd import folder
+from tailkd import folder, pair
 from tailkd.data import packing, tokens
 from tailkd.data.batches import evaluation_batches, rows_per_rank
 from tailkd.data.corpus import BadRecords, Source
@@ -22,8 +22,10 @@ from tailkd.data.packing import Rows
 from tailkd.errors import Refusal
 from tailkd.evaluate.heldout import HeldOut
 from tailkd.evaluate.heldout import evaluate as evaluate_heldout
-from tailkd.models import load, precision, vocabulary
-from tailkd.models.head import SplitModel
+from tailkd.models import load, precision
+from tailkd.models.head import PROJECTIONS, SplitModel
+from tailkd.objective.hidden import Hidden, projections
+from tailkd.pair import Vocabulary
 from tailkd.recipe import Recipe
 from tailkd.recipe import Source as SourceSection
 from tailkd.teacher.live import LiveTeacher
@@ -44,6 +46,7 @@ class Parts:
     teacher: LiveTeacher | None
     train_rows: Rows
     heldout_rows: Rows
+    hidden: Hidden | None = None
     ranks: Ranks = ALONE
 
     @property
@@ -73,115 +76,53 @@ class Parts:
         return evaluate_heldout(student, self.teacher, batches, top_k=settings.top_k, ranks=self.ranks, heed=heed)
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """The tokenizer that both models share, the ids they share, and the token that begins a row."""
-
-    tokenizer: Any
-    usable: int
-    begin: int | None
-
-
 def build(recipe: Recipe, say: Say, *, student: str | None = None, ranks: Ranks = ALONE) -> Parts:
     """Corpus, tokens, batches, models of a recipe; `student` is a folder to load instead of the recipe's own."""
     device = ranks.device
     rows_per_rank(recipe.training.batch_size, ranks.world)
     dtype = precision.resolve(recipe.training.precision, device)
-    _refuse_device(recipe, device)
-    shared = read_vocabulary(recipe)
+    pair.refuse_device(recipe, device)
+    shared = pair.read_vocabulary(recipe)
     folder.refuse_small_disk(recipe.folder, _run_bytes(recipe))
     with ranks.in_turns():
         train_rows, heldout_rows = prepare(recipe, shared, say)
-    torch.manual_seed(recipe.training.seed)
-    student_model = load.load_model(
-        "student",
-        student or recipe.student.model,
-        dtype=torch.float32,
-        device=device,
-        revision=None if student else recipe.student.revision,
-        attention=recipe.student.attention,
-        remote_code=recipe.student.remote_code,
-    )
+    sharded = recipe.teacher is not None and recipe.teacher.sharded and ranks.world > 1
+    teacher_model = pair.load_teacher(recipe, torch.device("cpu") if sharded else device)
+    student_model = pair.load_student(recipe, teacher_model, device, student)
+    hidden = _hidden(recipe, student_model, teacher_model)
     split = SplitModel(student_model, usable=shared.usable, compute_dtype=dtype).prove()
     split.model = shard(split.model, ranks, recipe.training.strategy)
-    teacher = _teacher(recipe, shared, ranks, dtype)
-    return Parts(recipe, shared.tokenizer, split, teacher, train_rows, heldout_rows, ranks)
+    teacher = None
+    if teacher_model is not None:
+        placed = place_teacher(teacher_model, ranks, sharded=sharded)
+        fold = recipe.vocabulary.fold
+        teacher = LiveTeacher(placed, usable=shared.usable, compute_dtype=dtype, fold=fold)
+    return Parts(recipe, shared.tokenizer, split, teacher, train_rows, heldout_rows, hidden, ranks)
 
 
-GPU_ATTENTION = ("flash_attention_2",)
-
-
-def _refuse_device(recipe: Recipe, device: torch.device) -> None:
-    for role, model in (("teacher", recipe.teacher), ("student", recipe.student)):
-        if model is not None and model.attention in GPU_ATTENTION and device.type != "cuda":
-            raise Refusal(f"{role}.attention is {model.attention!r}, which needs a GPU; take 'auto' here")
+def _hidden(recipe: Recipe, student: Any, teacher: Any) -> Hidden | None:
+    """What is compared of the hidden states; learned projections become a part of the student's model."""
+    asked = recipe.objective.hidden
+    if asked is None:
+        return None
+    widths = [model.config.get_text_config().hidden_size for model in (student, teacher)]
+    if asked.project:
+        count = 1 if asked.pairs == "last" else len(asked.pairs)
+        images = projections(widths[0], widths[1], count, seed=recipe.training.seed)
+        student.add_module(PROJECTIONS, images.to(student.device))
+    elif widths[0] != widths[1]:
+        raise Refusal(
+            f"objective.hidden compares states of width {widths[0]} (student) and {widths[1]} (teacher); set "
+            "objective.hidden.project: true, or give the student the teacher's hidden_size"
+        )
+    return Hidden(**asked.model_dump())
 
 
 def _run_bytes(recipe: Recipe) -> int:
     """Bytes of a run's checkpoints (weights and two moments, one more than are kept) and of its student."""
-    options = {"revision": recipe.student.revision, "remote_code": recipe.student.remote_code}
-    config = load.load_config("student", recipe.student.model, **options)
+    config = pair.configurations(recipe)[1]
     parameters = load.count_parameters(config, remote_code=recipe.student.remote_code)
     return 4 * parameters * (3 * (recipe.training.keep_checkpoints + 1) + 1)
-
-
-def _teacher(recipe: Recipe, shared: Vocabulary, ranks: Ranks, dtype: torch.dtype) -> LiveTeacher | None:
-    if recipe.teacher is None:
-        return None
-    sharded = recipe.teacher.sharded and ranks.world > 1
-    model = load.load_model(
-        "teacher",
-        recipe.teacher.model,
-        dtype=dtype if recipe.teacher.dtype == "auto" else getattr(torch, recipe.teacher.dtype),
-        device=torch.device("cpu") if sharded else ranks.device,
-        revision=recipe.teacher.revision,
-        attention=recipe.teacher.attention,
-        remote_code=recipe.teacher.remote_code,
-    )
-    model = place_teacher(model, ranks, sharded=sharded)
-    return LiveTeacher(model, usable=shared.usable, compute_dtype=dtype)
-
-
-def read_vocabulary(recipe: Recipe) -> Vocabulary:
-    """Tokenizers and configurations alone: the proof that teacher and student speak of the same ids."""
-    student = _tokenizer_and_rows("student", recipe.student)
-    if recipe.teacher is None:
-        tokenizer, config = student
-        if tokenizer is None:
-            raise Refusal(f"student.model: {recipe.student.model!r} holds no tokenizer; save one into it")
-        usable = vocabulary.tokenizer_usable_ids(tokenizer, _vocabulary_rows(config))
-        return Vocabulary(tokenizer, usable, _begin_token(recipe, tokenizer))
-    teacher = _tokenizer_and_rows("teacher", recipe.teacher)
-    tokenizer = student[0] or teacher[0]
-    if tokenizer is None:
-        raise Refusal("neither the teacher's nor the student's folder holds a tokenizer; save one into either")
-    usable = vocabulary.usable_ids(
-        teacher[0] or tokenizer, tokenizer, _vocabulary_rows(teacher[1]), _vocabulary_rows(student[1])
-    )
-    return Vocabulary(tokenizer, usable, _begin_token(recipe, tokenizer))
-
-
-def _tokenizer_and_rows(role: str, model: Any) -> tuple[Any | None, Any]:
-    options = {"revision": model.revision, "remote_code": model.remote_code}
-    return load.load_tokenizer(role, model.model, **options), load.load_config(role, model.model, **options)
-
-
-def _vocabulary_rows(config: Any) -> int:
-    return config.get_text_config().vocab_size
-
-
-def _begin_token(recipe: Recipe, tokenizer: Any) -> int | None:
-    begin = tokenizer.bos_token_id
-    if recipe.data.bos == "never":
-        return None
-    if recipe.data.bos == "always":
-        if begin is None:
-            raise Refusal(
-                "data.bos is 'always' but the tokenizer has no begin token (bos_token); take 'auto' or 'never'"
-            )
-        return begin
-    ids = tokenizer("a")["input_ids"]
-    return begin if begin is not None and ids and ids[0] == begin else None
 
 
 def prepare(recipe: Recipe, shared: Vocabulary, say: Say) -> tuple[Rows, Rows]:
@@ -228,8 +169,7 @@ def source(section: SourceSection) -> Source:
 
 def check_saved_tokenizer(recipe: Recipe, shared: Vocabulary, corpus: Source) -> None:
     """Refuse a tokenizer that the student's folder would not give back; see `load.check_saved_tokenizer`."""
-    options = {"revision": recipe.student.revision, "remote_code": recipe.student.remote_code}
-    config = load.load_config("student", recipe.student.model, **options)
+    config = pair.configurations(recipe)[1]
     texts = [document.text[:2000] for document in islice(corpus.documents(BadRecords()), 100)]
     load.check_saved_tokenizer(shared.tokenizer, config, texts)
 

@@ -1,13 +1,12 @@
-"""Every knob on one page: typed, documented, with units; and which choices do not go together."""
+"""Every knob on one page: typed, documented, with units."""
 
 from __future__ import annotations
 
-import glob
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from tailkd.report.record import flattened
 
@@ -28,6 +27,7 @@ NotNegative = Annotated[float, Field(ge=0), Number]
 Fraction = Annotated[float, Field(ge=0, le=1), Number]
 Share = Annotated[float, Field(gt=0, lt=1), Number]
 Count = Annotated[int, Field(ge=1), Number]
+NonNegative = Annotated[int, Field(ge=0), Number]
 
 
 def seconds_of(duration: str) -> float:
@@ -47,6 +47,16 @@ def _duration(value: Any) -> str:
 
 
 Duration = Annotated[str, BeforeValidator(_duration)]
+
+
+def _either(value: Any) -> str:
+    return PLAIN if isinstance(value, int | float | str | None) else MADE_UP
+
+
+PLAIN, MADE_UP = "(plain)", "(made up)"
+Either = Discriminator(_either)
+"""Between a plain value and a list or section; its tags are no part of a key."""
+
 Divergence = Literal[
     "none",
     "forward_kl",
@@ -62,7 +72,7 @@ Divergence = Literal[
 
 
 class Model(Section):
-    model: str
+    model: str | None = None
     """Folder written by save_pretrained, or a hub id."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
@@ -73,14 +83,57 @@ class Model(Section):
 
 
 class Teacher(Model):
+    config: str | None = None
+    """Instead of `model`, for the ledger alone: a configuration (config.json or its folder)."""
+    gguf_file: str | None = None
+    """A GGUF file in the folder or repository `model`: its weights, dequantised (extra `gguf`)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the teacher's weights; auto is that of the run's products."""
     sharded: bool = False
     """On many processes: its weights split among them, instead of a copy in each."""
 
 
+class FromTeacher(Section):
+    """Sizes that are null are the teacher's; the number of query heads always is."""
+
+    layers: Count | None = None
+    """Transformer blocks."""
+    hidden_size: Count | None = None
+    """Width of the hidden states."""
+    intermediate_size: Count | None = None
+    """Width inside the MLP."""
+    head_dim: Count | None = None
+    """Width of an attention head."""
+    kv_heads: Count | None = None
+    """Key and value heads."""
+    layer_choice: Annotated[
+        Annotated[Literal["even"], Tag(PLAIN)] | Annotated[tuple[NonNegative, ...], Tag(MADE_UP)], Either
+    ] = "even"
+    """The teacher's blocks that are taken: evenly spread, first and last among them, or their numbers."""
+    attention: Literal["prefix", "rope", "random"] = "prefix"
+    """Attention weights: the first entries of each head (the paper's), or those of matching rotary frequencies."""
+    mlp: Literal["random", "copy"] = "random"
+    """MLP weights: N(0, 0.02), or the teacher's (first entries)."""
+    embeddings: Literal["copy", "slice", "random"] = "copy"
+    """Embeddings and untied head: the teacher's, its first columns, or N(0, 0.02)."""
+    freeze_embeddings: bool = False
+    """Leave the embeddings (and a head tied to them) as they are."""
+    tie_word_embeddings: bool | None = None
+    """Whether the head is the input embeddings; null as the teacher."""
+    rescale: bool = False
+    """Scale what is cut by sqrt(teacher's width / student's)."""
+    seed: Annotated[int, Field(ge=0, lt=2**63), Number] = 0
+    """Of the random weights."""
+
+
 class Student(Model):
-    pass
+    from_teacher: FromTeacher | None = None
+    """A student cut out of its teacher, instead of `model`."""
+
+
+class Vocabulary(Section):
+    fold: dict[int, int] = {}
+    """Teacher ids whose probability is added to another id's, such as an end token that the student does not have."""
 
 
 class Source(Section):
@@ -118,6 +171,20 @@ class Data(Section):
     """Share of records that may be unusable (skipped and counted) before the corpus is refused."""
 
 
+class Hidden(Section):
+    """Adds ``weight * (1 - cos)`` between hidden states of student and teacher, per token."""
+
+    pairs: Annotated[
+        Annotated[Literal["last"], Tag(PLAIN)] | Annotated[tuple[tuple[NonNegative, NonNegative], ...], Tag(MADE_UP)],
+        Either,
+    ] = "last"
+    """The last hidden states, or pairs [student's layer, teacher's layer] counted from 0 (the embeddings)."""
+    weight: NotNegative = 1.0
+    """Weight of each pair."""
+    project: bool = False
+    """Learn a projection from the student's width to the teacher's; needed where they differ."""
+
+
 class ObjectiveSection(Section):
     divergence: Divergence = "tail_aware"
     """What pulls the student towards the teacher."""
@@ -141,11 +208,26 @@ class ObjectiveSection(Section):
     """Weight of the label's part (decoupled_kd)."""
     dkd_beta: NotNegative = 8.0
     """Weight of the other ids' part (decoupled_kd)."""
+    hidden: Hidden | None = None
+    """Cosine loss on hidden states; null for none."""
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of `tailkd.Objective`."""
+        return self.model_dump(exclude={"hidden"})
+
+
+class MatchFlops(Section):
+    match_flops: str
+    """Recipe file: as many tokens as cost the FLOPs of that run (by the paper's convention)."""
 
 
 class Training(Section):
-    tokens: Count
-    """Budget in predicted tokens; may exceed the corpus (epochs)."""
+    tokens: Annotated[Annotated[Count, Tag(PLAIN)] | Annotated[MatchFlops, Tag(MADE_UP)], Either] | None = None
+    """Budget in predicted tokens; may exceed the corpus (epochs). One of tokens, flops and hours is to be given."""
+    flops: Positive | None = None
+    """Budget in FLOPs of teacher and student (by the paper's convention)."""
+    hours: Positive | None = None
+    """Budget in hours on the `hardware` that is stated."""
     batch_size: Count = 128
     """Rows of the global batch."""
     micro_batch_size: Count = 4
@@ -194,6 +276,19 @@ class Evaluate(Section):
     """Where the held-out KL is split into head and tail; one number for all runs of a comparison."""
 
 
+class Hardware(Section):
+    """What the bill is made out for; changes nothing of what is trained, except where a budget is in hours."""
+
+    peak_flops: Positive | None = None
+    """FLOPs per second of one device's matrix products (an H100 in bfloat16: 989e12)."""
+    utilisation: Annotated[float, Field(gt=0, le=1), Number] = 0.4
+    """Share of the peak that training reaches."""
+    devices: Count = 1
+    """How many work at once."""
+    price_per_hour: NotNegative | None = None
+    """Of one device, in whatever currency."""
+
+
 class Recipe(Section):
     name: str = "run"
     """Shown in reports."""
@@ -202,10 +297,12 @@ class Recipe(Section):
     teacher: Teacher | None
     """null only with divergence none."""
     student: Student
+    vocabulary: Vocabulary = Vocabulary()
     data: Data
     objective: ObjectiveSection = ObjectiveSection()
     training: Training
     evaluate: Evaluate = Evaluate()
+    hardware: Hardware = Hardware()
 
     @property
     def folder(self) -> Path:
@@ -213,7 +310,13 @@ class Recipe(Section):
 
     @property
     def steps(self) -> int:
-        return -(-self.training.tokens // (self.training.batch_size * self.data.context))
+        return -(-self.tokens // (self.training.batch_size * self.data.context))
+
+    @property
+    def tokens(self) -> int:
+        """The budget in tokens, once `bill.settled` has made one of what was given."""
+        assert isinstance(self.training.tokens, int), "the budget is not settled"
+        return self.training.tokens
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, without those that this objective does not read."""
@@ -246,6 +349,7 @@ COSMETIC = (
     "training.auto_microbatch",
     "training.strategy",
     "evaluate.",
+    "hardware.",
 )
 """Keys that change nothing of what is trained."""
 
@@ -269,78 +373,3 @@ READERS = {
     "dkd_beta": ("decoupled_kd",),
 }
 """Objective keys that only some divergences read."""
-
-
-# ----- choices that do not go together
-
-
-def _unread_keys(recipe: Recipe) -> list[tuple[str, str]]:
-    divergence = recipe.objective.divergence
-    return [
-        (f"objective.{key}", f"has no meaning for divergence {divergence!r}, only for {', '.join(readers)}; remove it")
-        for key, readers in READERS.items()
-        if key in recipe.objective.model_fields_set and divergence not in readers
-    ]
-
-
-def _teacher_needed(recipe: Recipe) -> list[tuple[str, str]]:
-    if recipe.teacher is None and recipe.objective.divergence != "none":
-        return [("teacher", f"divergence {recipe.objective.divergence!r} needs a teacher; null goes with 'none' alone")]
-    return []
-
-
-def _sources(recipe: Recipe) -> list[tuple[str, str]]:
-    problems = []
-    for key, source in (("data.train", recipe.data.train), ("data.heldout", recipe.data.heldout)):
-        own = isinstance(source, HeldOut) and source.fraction is not None
-        given = [name for name in ("path", "hub") if getattr(source, name)] + (["fraction"] if own else [])
-        if len(given) != 1:
-            choices = "path, hub or fraction" if isinstance(source, HeldOut) else "path or hub"
-            problems.append((key, f"expected one of {choices}; came {', '.join(given) or 'none'}"))
-        elif source.path and not _exists(source.path):
-            problems.append((f"{key}.path", f"no file, folder or match at {source.path!r}"))
-    return problems
-
-
-def _exists(path: str) -> bool:
-    expanded = Path(path).expanduser()
-    return expanded.exists() or any(True for _ in glob.iglob(str(expanded), recursive=True))
-
-
-def _model_folders(recipe: Recipe) -> list[tuple[str, str]]:
-    problems = []
-    for role, model in (("teacher", recipe.teacher), ("student", recipe.student)):
-        if model is None:
-            continue
-        path = Path(model.model).expanduser()
-        looks_like_path = model.model.startswith((".", "/", "~")) or model.model.count("/") > 1 or path.exists()
-        if looks_like_path and not (path / "config.json").is_file():
-            problems.append((f"{role}.model", f"no config.json in {model.model!r}; expected a save_pretrained folder"))
-        if model.remote_code and not re.fullmatch(r"[0-9a-f]{40}", model.revision or ""):
-            message = f"expected a 40-digit commit hash, since {role}.remote_code runs code; came {model.revision!r}"
-            problems.append((f"{role}.revision", message))
-    return problems
-
-
-def _intervals(recipe: Recipe) -> list[tuple[str, str]]:
-    tokens, training = recipe.training.tokens, recipe.training
-    pairs = (
-        ("training.save_every_tokens", training.save_every_tokens),
-        ("evaluate.every_tokens", recipe.evaluate.every_tokens),
-    )
-    problems = [
-        (key, f"{every:,} is beyond training.tokens = {tokens:,}; null means only at the end")
-        for key, every in pairs
-        if every is not None and every > tokens
-    ]
-    return problems
-
-
-def _split(recipe: Recipe) -> list[tuple[str, str]]:
-    fraction = recipe.data.heldout.fraction
-    if fraction is not None and fraction > 0.5:
-        return [("data.heldout.fraction", f"{fraction} holds out more than it trains on; expected at most 0.5")]
-    return []
-
-
-RULES = (_unread_keys, _teacher_needed, _sources, _model_folders, _intervals, _split)

@@ -5,19 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tailkd import ending, folder, recipe_file
-from tailkd.data import tokens
+from tailkd.bill import settled
 from tailkd.data.batches import Batches
-from tailkd.data.corpus import BadRecords
 from tailkd.errors import Diverged, Refusal
 from tailkd.evaluate.heldout import HeldOut
 from tailkd.models.sample import continuation
 from tailkd.objective import Objective
-from tailkd.parts import Parts, Say, build, check_saved_tokenizer, read_vocabulary, source
+from tailkd.parts import Parts, Say, build
 from tailkd.recipe import Recipe
 from tailkd.report.card import write_card
 from tailkd.report.page import write_page
@@ -58,7 +56,7 @@ def distill(
         tailkd.errors.Refusal: the recipe, the data or the models cannot be used; nothing was written.
         tailkd.errors.Stop: the run ended before its end and says why; `exit_code` is what the command line returns.
     """
-    checked = recipe if isinstance(recipe, Recipe) else recipe_file.read(recipe, overrides)
+    checked = settled(recipe if isinstance(recipe, Recipe) else recipe_file.read(recipe, overrides))
     run, allowed = Run(checked.folder), frozenset(allow_change)
     ranks = Ranks.start()
     stop = StopRequest(checked.training.stop_after_seconds, ranks.agreed)
@@ -120,7 +118,7 @@ def _train(
         step=Step(
             student,
             parts.teacher,
-            Objective(**recipe.objective.model_dump()),
+            Objective(**recipe.objective.settings()),
             optimizer,
             micro_batch_size=training.micro_batch_size,
             clip_norm=training.clip_norm,
@@ -128,6 +126,7 @@ def _train(
             heed=stop.heed,
             auto_microbatch=training.auto_microbatch,
             say=terminal.say,
+            hidden=parts.hidden,
         ),
         batches=Batches(parts.train_rows, batch_size=training.batch_size, seed=training.seed),
         schedule=Schedule(training.learning_rate, recipe.steps, training.warmup_fraction, training.final_fraction),
@@ -230,7 +229,7 @@ def leads() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-# ----- verbs beside distill
+# ----- a verb beside distill
 
 
 def evaluate(run: Run, say: Say) -> Run:
@@ -244,28 +243,3 @@ def evaluate(run: Run, say: Say) -> Run:
         found["teacher"] = parts.measure(parts.teacher.split)
     _finish(run, parts, {**found, "student": parts.measure(parts.student)})
     return Run(run.folder)
-
-
-def check(recipe: Recipe) -> dict[str, Any]:
-    """What can be known before a run without loading weights: vocabulary, a sample of the corpus, steps."""
-    folder.already_finished(recipe, Run(recipe.folder))
-    shared = read_vocabulary(recipe)
-    bad, corpus = BadRecords(), source(recipe.data.train)
-    sample = list(islice(corpus.documents(bad), 1000))
-    tokens.refuse_bad(bad, len(sample), recipe.data.max_bad, corpus)
-    check_saved_tokenizer(recipe, shared, corpus)
-    ids = shared.tokenizer([d.text for d in sample], add_special_tokens=False, verbose=False)["input_ids"]
-    return {
-        "name": recipe.name,
-        "folder": str(recipe.folder),
-        "divergence": recipe.objective.divergence,
-        "steps": recipe.steps,
-        "tokens": recipe.training.tokens,
-        "usable_ids": shared.usable,
-        "begin_token": None if shared.begin is None else shared.tokenizer.convert_ids_to_tokens(shared.begin),
-        "sampled_documents": len(sample),
-        "sampled_tokens": sum(len(i) + 1 for i in ids),
-        "bad_records": bad.counts,
-        "bad_records_named": bad.named,
-        "first_row": shared.tokenizer.decode(ids[0][: recipe.data.context]),
-    }

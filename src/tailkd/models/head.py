@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from tailkd.objective.head import Head
 FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 DIVISORS = ("logits_scaling",)
 SOFTCAPS = ("final_logit_softcapping",)
+PROJECTIONS = "hidden_projections"  # learned maps to the teacher's width: trained with the student, not saved with it
 PROBE = 8  # tokens of the forward pass that proves the reading
 
 
@@ -37,21 +38,55 @@ class SplitModel:
         self.usable = self.projection.weight.shape[0] if usable is None else usable
 
     def __call__(self, input_ids: Tensor) -> Head:
-        with precision.compute(self.compute_dtype, self.device):
-            hidden = self._last_hidden_state(input_ids)
+        return self._head(self._hidden_states(input_ids))
+
+    def with_states(self, input_ids: Tensor, states: Sequence[int]) -> tuple[Head, tuple[Tensor, ...]]:
+        """The head, and hidden states (batch, sequence, width) from within, of one forward pass.
+
+        Equals ``hidden_states[i] for i in states`` of ``model(input_ids, output_hidden_states=True)``: 0 what goes into
+        the first block, i what comes out of block number i, and the last, also -1, what comes out of the final norm:
+        the head's own. They are part of the student's graph, and come in the precision of its residual stream.
+
+        Raises:
+            Refusal: a state that the model does not have.
+        """
+        blocks = self.plain.config.num_hidden_layers
+        outside = [state for state in states if not -blocks - 1 <= state <= blocks]
+        if outside:
+            raise Refusal(
+                f"{_family(self.plain)} has no hidden state {outside[0]}; expected 0 (embeddings) to {blocks} (after "
+                "the final norm), or -1 for the last"
+            )
+        places = [state % (blocks + 1) for state in states]
+        inner = sorted({place for place in places if place != blocks})
+        if not inner:
+            head = self(input_ids)
+            return head, (head.hidden,) * len(places)
+        last, *found = self._hidden_states(input_ids, output_hidden_states=inner)
+        head = self._head(last)
+        known = dict(zip(inner, found, strict=True)) | {blocks: head.hidden}
+        return head, tuple(known[place] for place in places)
+
+    def _head(self, hidden: Tensor) -> Head:
         if self.compute_dtype != torch.float32:  # norms widen their output; the head's product stays in compute_dtype
             hidden = hidden.to(self.compute_dtype)
         weight, bias = whole(self.projection.weight), whole(getattr(self.projection, "bias", None))
         return Head(hidden, weight, bias, self.scale, self.softcap).narrow(self.usable)
 
-    def _last_hidden_state(self, input_ids: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # the caller compiles this: Dynamo cannot trace an exchange of forward
-            return self._backbone_forward(input_ids=input_ids, use_cache=False)
-        with _forward_replaced(self.plain, self._backbone_forward):
-            return self.model(input_ids=input_ids, use_cache=False)
+    def _hidden_states(self, input_ids: Tensor, **options: Any) -> Any:
+        """The last hidden state; where `output_hidden_states` are asked for, a tuple of it and them."""
+        inputs = {"input_ids": input_ids, "use_cache": False, **options}
+        with precision.compute(self.compute_dtype, self.device):
+            if torch.compiler.is_compiling():  # the caller compiles this: Dynamo cannot trace an exchange of forward
+                return self._backbone_forward(**inputs)
+            with _forward_replaced(self.plain, self._backbone_forward):
+                return self.model(**inputs)
 
-    def _backbone_forward(self, **inputs: Any) -> Tensor:
-        return self.backbone(**inputs).last_hidden_state
+    def _backbone_forward(self, **inputs: Any) -> Any:
+        outputs = self.backbone(**inputs)
+        if "output_hidden_states" not in inputs:
+            return outputs.last_hidden_state
+        return (outputs.last_hidden_state, *(outputs.hidden_states[place] for place in inputs["output_hidden_states"]))
 
     @property
     def plain(self) -> Any:

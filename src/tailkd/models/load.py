@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tailkd.errors import Refusal
 
 PINNED = re.compile(r"[0-9a-f]{40}")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+GGUF_PACKAGES = ("gguf", "accelerate")
 OFFLINE_HINT = (
     "give a folder written by save_pretrained, or a hub id that can be reached (`hf auth login` for gated ones)"
 )
@@ -28,15 +30,30 @@ def check_remote_code(role: str, revision: str | None, remote_code: bool) -> Non
         )
 
 
-def load_config(role: str, model: str, *, revision: str | None = None, remote_code: bool = False) -> Any:
+def load_config(
+    role: str, model: str, *, revision: str | None = None, remote_code: bool = False, gguf_file: str | None = None
+) -> Any:
     """The model's configuration alone."""
     from transformers import AutoConfig
 
     check_remote_code(role, revision, remote_code)
+    check_gguf(role, gguf_file)
+    options = _gguf(gguf_file)
     try:
-        return AutoConfig.from_pretrained(_expanded(model), revision=revision, trust_remote_code=remote_code)
+        return AutoConfig.from_pretrained(_expanded(model), revision=revision, trust_remote_code=remote_code, **options)
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable(role, model, "configuration", error) from error
+
+
+def check_gguf(role: str, gguf_file: str | None) -> None:
+    """GGUF files are read by packages of their own."""
+    missing = [name for name in GGUF_PACKAGES if find_spec(name) is None] if gguf_file else []
+    if missing:
+        raise Refusal(f"{role}.gguf_file needs {' and '.join(missing)}: pip install 'tailkd[gguf]'")
+
+
+def _gguf(gguf_file: str | None) -> dict[str, Any]:
+    return {"gguf_file": gguf_file} if gguf_file else {}
 
 
 def count_parameters(config: Any, *, remote_code: bool = False) -> int:
@@ -48,16 +65,22 @@ def count_parameters(config: Any, *, remote_code: bool = False) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def load_tokenizer(role: str, model: str, *, revision: str | None = None, remote_code: bool = False) -> Any | None:
+def load_tokenizer(
+    role: str, model: str, *, revision: str | None = None, remote_code: bool = False, gguf_file: str | None = None
+) -> Any | None:
     """The model's tokenizer; None for a folder that holds none."""
     from transformers import AutoTokenizer
 
     check_remote_code(role, revision, remote_code)
     folder = Path(model).expanduser()
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    own = any((folder / name).is_file() for name in TOKENIZER_FILES)
+    if folder.is_dir() and not own and not gguf_file:
         return None
+    options = {} if own else _gguf(gguf_file)
     try:
-        return AutoTokenizer.from_pretrained(_expanded(model), revision=revision, trust_remote_code=remote_code)
+        return AutoTokenizer.from_pretrained(
+            _expanded(model), revision=revision, trust_remote_code=remote_code, **options
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _unreadable(role, model, "tokenizer", error) from error
 
@@ -71,11 +94,21 @@ def load_model(
     revision: str | None = None,
     attention: str = "auto",
     remote_code: bool = False,
+    gguf_file: str | None = None,
 ) -> Any:
-    """A causal language model with its weights in `dtype` on `device`, in evaluation mode."""
+    """A causal language model with its weights in `dtype` on `device`, in evaluation mode.
+
+    Those of a GGUF file are dequantised: what comes is a plain model of its class.
+    """
     from transformers import AutoModelForCausalLM
 
     check_remote_code(role, revision, remote_code)
+    check_gguf(role, gguf_file)
+    options = _gguf(gguf_file)
+    if gguf_file:
+        from transformers import GgufConfig
+
+        options["quantization_config"] = GgufConfig(dequantize=True)
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             _expanded(model),
@@ -84,6 +117,7 @@ def load_model(
             attn_implementation=None if attention == "auto" else attention,
             trust_remote_code=remote_code,
             output_loading_info=True,
+            **options,
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise _unreadable(role, model, "weights", error) from error

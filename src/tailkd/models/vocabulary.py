@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tailkd.errors import Refusal
@@ -30,6 +31,16 @@ def usable_ids(teacher_tokenizer: Any, student_tokenizer: Any, teacher_rows: int
             "with one tokenizer, or a tool for cross-tokenizer distillation"
         )
     return usable
+
+
+def check_fold(fold: Mapping[int, int], usable: int, teacher_rows: int) -> None:
+    """Refuse folded ids that the teacher does not have, that the student has, or that go to one it does not have."""
+    for source, target in fold.items():
+        if not usable <= source < teacher_rows or not 0 <= target < usable:
+            raise Refusal(
+                f"vocabulary.fold: {source}: {target} adds the teacher's probability of id {source} to id {target}; "
+                f"expected one of {usable:,} to {teacher_rows - 1:,}, that the student lacks, and one below them"
+            )
 
 
 def tokenizer_usable_ids(tokenizer: Any, rows: int) -> int:

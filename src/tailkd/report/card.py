@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tailkd.report.compare import COLUMNS, lines
 from tailkd.report.record import Run
@@ -17,7 +18,7 @@ def write_card(run: Run) -> Path:
     text = [
         f"# {run.name}",
         "",
-        f"A student of `{teacher['model'] if teacher else 'no teacher'}`, started from `{recipe['student']['model']}`, "
+        f"A student of `{teacher['model'] if teacher else 'no teacher'}`, {_start(recipe['student'])}, "
         f"distilled with tailkd {run.environment['versions']['tailkd']}.",
         "",
         f"- corpus: `{recipe['data']['train']['path'] or recipe['data']['train']['hub']}`",
@@ -36,3 +37,12 @@ def write_card(run: Run) -> Path:
     path = run.folder / "README.md"
     path.write_text("\n".join(text), encoding="utf-8")
     return path
+
+
+def _start(student: dict[str, Any]) -> str:
+    made = student.get("from_teacher")
+    if not made:
+        return f"started from `{student['model']}`"
+    changed = {"layers", "hidden_size", "intermediate_size", "head_dim", "kv_heads", "attention", "mlp", "embeddings"}
+    sizes = ", ".join(f"{key} {value}" for key, value in made.items() if key in changed and value is not None)
+    return f"cut out of it ({sizes})"

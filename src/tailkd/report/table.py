@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tailkd.report.compare import COLUMNS, lines
 from tailkd.report.record import Run
@@ -31,3 +32,35 @@ def print_table(runs: Sequence[Run]) -> None:
 def as_json(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """``[{"name", "folder", "evaluation"}]``."""
     return [{"name": run.name, "folder": str(run.folder), "evaluation": run.evaluation} for run in runs]
+
+
+def print_tree(values: dict[str, Any]) -> None:
+    """Nested values as two columns, the key of each section once."""
+    table = Table("", "", box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.columns[0].no_wrap = True
+    for key, value in _leaves(values):
+        table.add_row(key, _cell(key, value), style="bold" if value is None and key.endswith(":") else None)
+    Console(highlight=False).print(table)
+
+
+def _leaves(values: dict[str, Any], indent: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        name = indent + key.replace("_", " ")
+        if isinstance(value, dict) and value:
+            yield f"{name}:", None
+            yield from _leaves(value, indent + "  ")
+        elif isinstance(value, list) and value:
+            yield f"{name}:", None
+            yield from ((f"{indent}  {number}", one) for number, one in enumerate(value, 1))
+        else:
+            yield name, value
+
+
+def _cell(key: str, value: Any) -> Text:
+    if value is None or value == {} or value == []:
+        return Text("" if key.endswith(":") else "–")
+    if isinstance(value, bool):
+        return Text("yes" if value else "no")
+    if isinstance(value, int):
+        return Text(f"{value:,}")
+    return Text(f"{value:,.4g}" if isinstance(value, float) else str(value))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tailkd.errors import Refusal
-from tailkd.models.head import SplitModel, unwrapped
+from tailkd.models.head import PROJECTIONS, SplitModel, unwrapped
 from tailkd.train.ranks import Ranks
 
 STRATEGIES = ("auto", "ddp", "fsdp")
@@ -154,4 +154,5 @@ def full_state(model: Any, ranks: Ranks) -> dict[str, Tensor]:
         state = model.state_dict() if ranks.leads else {}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied = parameters - {name for name, _ in model.named_parameters()}
-    return {name: t.detach().cpu() for name, t in state.items() if name not in tied}
+    left_out = (PROJECTIONS + ".",)
+    return {name: t.detach().cpu() for name, t in state.items() if name not in tied and not name.startswith(left_out)}

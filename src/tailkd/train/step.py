@@ -4,20 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from tailkd.data.batches import Batch
+from tailkd.data.packing import IGNORED
 from tailkd.errors import OutOfMemory
-from tailkd.models.head import SplitModel
+from tailkd.models.head import PROJECTIONS, SplitModel, whole
 from tailkd.objective import Dense, Head, Objective, Tally, distillation_loss
+from tailkd.objective.hidden import Hidden, hidden_loss
 from tailkd.objective.layout import with_sequences
 from tailkd.objective.tally import add
 from tailkd.train.parallel import clip_gradients, without_sync
 from tailkd.train.ranks import ALONE, Ranks
 
 Teacher = Callable[[Batch], Head | Dense]
+
+
+@runtime_checkable
+class ShowsStates(Protocol):
+    """A teacher that shows its hidden states too."""
+
+    def with_states(self, batch: Batch, states: tuple[int, ...]) -> tuple[Head | Dense, tuple[Tensor, ...]]: ...
+
 
 NOT_FINITE = ("teacher's hidden states", "loss", "gradient norm")
 
@@ -33,6 +44,27 @@ class StepResult:
     gradient_norm: float
     tokens: int
     not_finite: str | None = None
+
+
+@dataclass
+class _Watched:
+    """A teacher whose every signal is looked at: `bad` where one was not finite."""
+
+    teacher: Teacher | None
+    bad: Tensor
+
+    def __call__(self, batch: Batch) -> Head | Dense:
+        assert self.teacher is not None
+        return self._seen(self.teacher(batch))
+
+    def with_states(self, batch: Batch, states: tuple[int, ...]) -> tuple[Head | Dense, tuple[Tensor, ...]]:
+        assert isinstance(self.teacher, ShowsStates)
+        signal, found = self.teacher.with_states(batch, states)
+        return self._seen(signal), found
+
+    def _seen(self, signal: Head | Dense) -> Head | Dense:
+        self.bad = self.bad | ~torch.isfinite(signal.hidden).all()
+        return signal
 
 
 def nothing_asked() -> None:
@@ -57,6 +89,7 @@ class Step:
     heed: Callable[[], None] = nothing_asked
     auto_microbatch: bool = False
     say: Callable[[str], None] = field(default=lambda line: None)
+    hidden: Hidden | None = None
 
     def __call__(self, batch: Batch) -> StepResult:
         parts, teacher_is_bad = self._gradients(batch)
@@ -82,25 +115,18 @@ class Step:
 
     def _accumulate(self, batch: Batch) -> tuple[dict[str, Tally], Tensor]:
         own = batch.part(self.ranks.rank, self.ranks.world)
-        bad = torch.zeros((), dtype=torch.bool, device=self.student.device)
-
-        def watched(micro: Batch) -> Head | Dense:
-            nonlocal bad
-            assert self.teacher is not None
-            signal = self.teacher(micro)
-            bad = bad | ~torch.isfinite(signal.hidden).all()
-            return signal
-
+        watched = _Watched(self.teacher, torch.zeros((), dtype=torch.bool, device=self.student.device))
         parts = accumulate_gradients(
             self.student,
-            watched if self.teacher is not None else None,
+            None if self.teacher is None else watched,
             own,
             objective=self.objective,
+            hidden=self.hidden,
             micro_batch_size=self.micro_batch_size,
             divisor=batch.count / self.ranks.world,
             heed=self.heed,
         )
-        return self._over_ranks(parts, batch), bad
+        return self._over_ranks(parts, batch), watched.bad
 
     def _over_ranks(self, parts: dict[str, Tally], batch: Batch) -> dict[str, Tally]:
         if self.ranks.world == 1 or not parts:
@@ -141,24 +167,55 @@ def accumulate_gradients(
     micro_batch_size: int,
     divisor: float | None = None,
     heed: Callable[[], None] = nothing_asked,
+    hidden: Hidden | None = None,
 ) -> dict[str, Tally]:
     """Add the gradient of the batch's mean loss to the student's parameters; the micro-batch does not change it.
 
     Equals ``distillation_loss(student(batch), teacher(batch), batch.labels, objective=objective).mean(divisor)
-    .backward()``; the divisor is the number of valid tokens, where gradients are averaged over ranks a rank's share.
+    .backward()``, with the cosine loss of `hidden` added to its sum; the divisor is the number of valid tokens, where
+    gradients are averaged over ranks a rank's share.
     """
     parts: dict[str, Tally] = {}
+    divisor = batch.count if divisor is None else divisor
     micros = list(batch.micro_batches(micro_batch_size))
     for number, micro in enumerate(micros, 1):
         heed()
         micro = micro.to(student.device)
-        signal = teacher(micro) if teacher is not None and objective.needs_teacher else None
-        layout = with_sequences(micro.valid, micro.row_borders, micro.labels.shape[1], None)
         with without_sync(student, last=number == len(micros)):
-            loss = distillation_loss(student(micro.input_ids), signal, micro.labels, objective=objective, layout=layout)
-            loss.mean(batch.count if divisor is None else divisor).backward()
-        parts = add(parts, loss.parts)
+            total, found = _loss(student, teacher, micro, objective, hidden)
+            (total / max(divisor, 1)).backward()
+        parts = add(parts, found)
     return parts
+
+
+def _loss(
+    student: SplitModel,
+    teacher: Teacher | None,
+    micro: Batch,
+    objective: Objective,
+    hidden: Hidden | None,
+) -> tuple[Tensor, dict[str, Tally]]:
+    """The summed loss of a micro-batch, and its parts."""
+    signal, theirs, ours = None, (), ()
+    if hidden is not None:
+        assert isinstance(teacher, ShowsStates)
+        signal, theirs = teacher.with_states(micro, hidden.teacher_states)
+    elif teacher is not None and objective.needs_teacher:
+        signal = teacher(micro)
+    if hidden is None:
+        head = student(micro.input_ids)
+    else:
+        head, ours = student.with_states(micro.input_ids, hidden.student_states)
+    layout = with_sequences(micro.valid, micro.row_borders, micro.labels.shape[1], None)
+    signal = signal if objective.needs_teacher else None
+    loss = distillation_loss(head, signal, micro.labels, objective=objective, layout=layout)
+    if hidden is None:
+        return loss.sum, loss.parts
+    images = [whole(image.weight) for image in getattr(student.plain, PROJECTIONS, ())] or None
+    cosine = hidden_loss(ours, theirs, micro.labels != IGNORED, projections=images)
+    total = loss.sum + hidden.weight * cosine
+    found = {"loss": Tally(total.detach(), loss.count), "hidden": Tally(cosine.detach(), loss.count)}
+    return total, {**loss.parts, **found}
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -1,0 +1,115 @@
+"""What a run costs, from its recipe and two configurations; and budgets in other units as tokens."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from tailkd import ledger, pair, recipe_file
+from tailkd.errors import Refusal
+from tailkd.models import precision
+from tailkd.recipe import MatchFlops, Recipe
+
+PETA = 1e15 / 1e6  # FLOPs per token of one PFLOP per million tokens
+
+
+def bill(recipe: Recipe, *, usable: int | None = None, device: torch.device | None = None) -> ledger.Bill:
+    """The bill of a recipe whose budget is settled; reads model configurations, no weights, tokenizer or data."""
+    student, teacher = _sides(recipe)
+    hardware = recipe.hardware
+    return ledger.bill(
+        student,
+        teacher,
+        _training(recipe, recipe.tokens, usable=usable, device=device or precision.default_device()),
+        None
+        if hardware.peak_flops is None
+        else ledger.Hardware(hardware.peak_flops, hardware.utilisation, hardware.devices, hardware.price_per_hour),
+    )
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """The recipe with its budget in tokens, whole global batches of them; of one in tokens already, itself.
+
+    ``tokens == flops / (FLOPs per token by the paper's convention)``, and for `hours` those that the stated hardware
+    executes in that time. Reads model configurations.
+
+    Raises:
+        Refusal: recipes that match each other's FLOPs in a circle; a budget of less than one global batch.
+    """
+    return _settled(recipe, ())
+
+
+def _settled(recipe: Recipe, above: tuple[str, ...]) -> Recipe:
+    training = recipe.training
+    if isinstance(training.tokens, int):
+        return recipe
+    if isinstance(training.tokens, MatchFlops):
+        tokens = _matched(recipe, training.tokens.match_flops, above)
+    elif training.flops is not None:
+        tokens = training.flops / flops_per_token(recipe)
+    else:
+        tokens = _within_hours(recipe, training.hours or 0.0)
+    batch = training.batch_size * recipe.data.context
+    if tokens < batch:
+        raise Refusal(
+            f"training: the budget buys {tokens:,.0f} tokens, less than one global batch of {batch:,}; give more, or "
+            "lower training.batch_size"
+        )
+    whole = {"tokens": batch * math.floor(tokens / batch), "flops": None, "hours": None}
+    return recipe.model_copy(update={"training": training.model_copy(update=whole)})
+
+
+def flops_per_token(recipe: Recipe) -> float:
+    """FLOPs of teacher and student per trained token, by the paper's convention."""
+    return ledger.stages(*_sides(recipe), _training(recipe, 1), ledger.PAPER).total * PETA
+
+
+def _matched(recipe: Recipe, path: str, above: tuple[str, ...]) -> float:
+    if path in above:
+        raise Refusal(f"training.tokens.match_flops: recipes match one another in a circle: {' -> '.join(above)}")
+    other = _settled(recipe_file.read(path, files=False), (*above, path))
+    return other.tokens * flops_per_token(other) / flops_per_token(recipe)
+
+
+def _within_hours(recipe: Recipe, hours: float) -> float:
+    hardware = recipe.hardware
+    per_token = ledger.stages(*_sides(recipe), _training(recipe, 1), None).total * PETA
+    speed = (hardware.peak_flops or 0.0) * hardware.utilisation * hardware.devices
+    return hours * 3600 * speed / per_token
+
+
+def _sides(recipe: Recipe) -> tuple[ledger.Student, ledger.Teacher | None]:
+    """A teacher that nothing in the objective reads costs nothing."""
+    theirs, ours = pair.configurations(recipe)
+    made = recipe.student.from_teacher
+    student = ledger.Student(ours, frozen_embeddings=made is not None and made.freeze_embeddings)
+    if theirs is None or recipe.teacher is None or not _reads_teacher(recipe):
+        return student, None
+    dtype = None if recipe.teacher.dtype == "auto" else getattr(torch, recipe.teacher.dtype)
+    return student, ledger.Teacher(theirs, dtype)
+
+
+def _reads_teacher(recipe: Recipe) -> bool:
+    return recipe.objective.divergence != "none" or recipe.objective.hidden is not None
+
+
+def _training(
+    recipe: Recipe, tokens: float, *, usable: int | None = None, device: torch.device | None = None
+) -> ledger.Training:
+    training, device = recipe.training, device or torch.device("cpu")
+    batch = ledger.Batch(
+        rows=min(training.micro_batch_size, training.batch_size),
+        context=recipe.data.context,
+        compute=precision.resolve(training.precision, device),
+        usable=usable,
+        device=device.type,
+        accumulating=training.batch_size > training.micro_batch_size,
+    )
+    return ledger.Training(
+        tokens=tokens,
+        batch=batch,
+        corpus_tokens=int(tokens),
+        keep_checkpoints=training.keep_checkpoints,
+        top_k=recipe.objective.divergence in ("tail_aware", "ghost_token_kl"),
+    )

@@ -1,0 +1,26 @@
+"""What a run costs before it is run: parameters, floating-point operations, memory, disk, hours, money."""
+
+from tailkd.ledger.bill import Bill, Generation, Hardware, Selection, Stages, Student, Teacher, Training, bill, stages
+from tailkd.ledger.flops import PAPER
+from tailkd.ledger.memory import Memory, memory
+from tailkd.ledger.parameters import Parameters, count
+from tailkd.ledger.rehearsal import Batch
+
+__all__ = [
+    "PAPER",
+    "Batch",
+    "Bill",
+    "Generation",
+    "Hardware",
+    "Memory",
+    "Parameters",
+    "Selection",
+    "Stages",
+    "Student",
+    "Teacher",
+    "Training",
+    "bill",
+    "count",
+    "memory",
+    "stages",
+]

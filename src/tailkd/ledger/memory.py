@@ -1,0 +1,96 @@
+"""Bytes of memory and of disk, by part, before anything is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tailkd.ledger.parameters import count, on_meta
+from tailkd.ledger.rehearsal import Batch, Players, rehearse
+
+MASTER = 4  # bytes of a float32 weight or gradient
+PARTS = ("weights", "gradients", "optimizer", "activations", "objective", "teacher")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process at its worst moment (`total`), and of each part at its own.
+
+    Parts do not all live at once (gradients come as activations go), so they add up to `total` or more. weights,
+    gradients, optimizer: of the student in float32. activations: what a micro-batch's forward pass leaves for its
+    backward pass, under autocast the low-precision copies of the weights too. objective: what the loss needs while it
+    runs. teacher: its weights and hidden states. moments: bytes by moment; `total` is the largest.
+    """
+
+    total: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    objective: int
+    teacher: int
+    moments: dict[str, int] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("total", *PARTS, "moments")}
+
+
+def memory(
+    student: Any,
+    teacher: Any | None,
+    batch: Batch,
+    *,
+    frozen_embeddings: bool = False,
+    teacher_dtype: torch.dtype | None = None,
+    moment_bytes: int = 8,
+) -> Memory:
+    """Peak memory of training `student` against `teacher` (transformers configurations) after the first step.
+
+    Process and libraries themselves (and a GPU's context) come on top.
+
+    Args:
+        teacher_dtype: of its weights; None for the dtype of the products.
+        moment_bytes: of the optimizer's state per trained parameter; 8 for AdamW in float32, 2 in 8 bits.
+    """
+    dtype = teacher_dtype or batch.compute
+    peaks = rehearse(Players(student, teacher, dtype, frozen_embeddings), batch)
+    found = count(student, frozen_embeddings=frozen_embeddings)
+    weights, optimizer = MASTER * found.total, moment_bytes * found.trainable
+    frozen_weights = 0 if teacher is None else dtype.itemsize * count(teacher).total
+    resting = weights + optimizer + frozen_weights
+    moments = {
+        "teacher_forward": resting + peaks.teacher_forward,
+        "student_forward": resting + peaks.forward,
+        "objective": resting + peaks.loss,
+        "backward": resting + peaks.backward,
+        "update": resting + peaks.left + _update(student, found.trainable, batch.device),
+    }
+    return Memory(
+        total=max(moments.values()),
+        weights=weights,
+        gradients=MASTER * found.trainable,
+        optimizer=optimizer,
+        activations=peaks.kept,
+        objective=peaks.objective,
+        teacher=frozen_weights + peaks.signal,
+        moments=moments,
+    )
+
+
+def _update(student: Any, trainable: int, device: str) -> int:
+    """Temporaries of AdamW: two of the largest parameter on a CPU, a square root of all second moments on a GPU."""
+    if device == "cuda":
+        return MASTER * trainable
+    return 2 * MASTER * max(parameter.numel() for parameter in on_meta(student).parameters())
+
+
+def disk(total: int, trainable: int, *, keep_checkpoints: int, corpus_tokens: int, vocabulary: int) -> int:
+    """Bytes on the disk at the fullest moment of a run.
+
+    Equals ``(keep + 1) * (weights + two moments) + the student + prepared tokens``: a checkpoint is whole before an
+    older one goes; weights and moments are float32, ids take two bytes where the vocabulary allows.
+    """
+    checkpoint = MASTER * (total + 2 * trainable)
+    return (keep_checkpoints + 1) * checkpoint + MASTER * total + corpus_tokens * (2 if vocabulary <= 1 << 16 else 4)

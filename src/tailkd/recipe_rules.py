@@ -1,0 +1,162 @@
+"""Which choices of a recipe do not go together, and which of its files are missing."""
+
+from __future__ import annotations
+
+import glob
+import re
+from pathlib import Path
+
+from tailkd.recipe import READERS, HeldOut, MatchFlops, Model, Recipe
+
+Problems = list[tuple[str, str]]
+
+
+def _unread_keys(recipe: Recipe) -> Problems:
+    divergence = recipe.objective.divergence
+    return [
+        (f"objective.{key}", f"has no meaning for divergence {divergence!r}, only for {', '.join(readers)}; remove it")
+        for key, readers in READERS.items()
+        if key in recipe.objective.model_fields_set and divergence not in readers
+    ]
+
+
+def _teacher_needed(recipe: Recipe) -> Problems:
+    if recipe.teacher is not None:
+        return []
+    problems = []
+    if recipe.objective.divergence != "none":
+        message = f"divergence {recipe.objective.divergence!r} needs a teacher; null goes with 'none' alone"
+        problems.append(("teacher", message))
+    for key, asked in (
+        ("student.from_teacher", recipe.student.from_teacher),
+        ("vocabulary.fold", recipe.vocabulary.fold),
+        ("objective.hidden", recipe.objective.hidden),
+    ):
+        if asked:
+            problems.append((key, "needs a teacher, which is null; give one, or remove this"))
+    return problems
+
+
+def _one_of(key: str, given: dict[str, object]) -> Problems:
+    named = [name for name, value in given.items() if value]
+    if len(named) == 1:
+        return []
+    *most, last = given
+    choices = f"{', '.join(most)} or {last}"
+    return [(key, f"expected one of {choices}; came {', '.join(named) or 'none'}")]
+
+
+def _alternatives(recipe: Recipe) -> Problems:
+    train, heldout, training = recipe.data.train, recipe.data.heldout, recipe.training
+    problems = _one_of("data.train", {"path": train.path, "hub": train.hub})
+    own = {"path": heldout.path, "hub": heldout.hub, "fraction": heldout.fraction is not None}
+    problems += _one_of("data.heldout", own)
+    budgets = {"tokens": training.tokens, "flops": training.flops, "hours": training.hours}
+    problems += _one_of("training", budgets)
+    student = recipe.student
+    problems += _one_of("student", {"model": student.model, "from_teacher": student.from_teacher})
+    if recipe.teacher is not None:
+        problems += _one_of("teacher", {"model": recipe.teacher.model, "config": recipe.teacher.config})
+    return problems
+
+
+def _hours(recipe: Recipe) -> Problems:
+    if recipe.training.hours is None or recipe.hardware.peak_flops is not None:
+        return []
+    return [
+        (
+            "training.hours",
+            "needs hardware.peak_flops, the peak of one device in FLOPs per second, and hardware.utilisation; "
+            "or give training.tokens",
+        )
+    ]
+
+
+def _remote_code(recipe: Recipe) -> Problems:
+    return [
+        (
+            f"{role}.revision",
+            f"expected a 40-digit commit hash, since {role}.remote_code runs code; came {model.revision!r}",
+        )
+        for role, model in _models(recipe)
+        if model.remote_code and not re.fullmatch(r"[0-9a-f]{40}", model.revision or "")
+    ]
+
+
+def _intervals(recipe: Recipe) -> Problems:
+    tokens, training = recipe.training.tokens, recipe.training
+    if not isinstance(tokens, int):
+        return []
+    pairs = (
+        ("training.save_every_tokens", training.save_every_tokens),
+        ("evaluate.every_tokens", recipe.evaluate.every_tokens),
+    )
+    return [
+        (key, f"{every:,} is beyond training.tokens = {tokens:,}; null means only at the end")
+        for key, every in pairs
+        if every is not None and every > tokens
+    ]
+
+
+def _split(recipe: Recipe) -> Problems:
+    fraction = recipe.data.heldout.fraction
+    if fraction is not None and fraction > 0.5:
+        return [("data.heldout.fraction", f"{fraction} holds out more than it trains on; expected at most 0.5")]
+    return []
+
+
+# ----- files
+
+
+def _corpora(recipe: Recipe) -> Problems:
+    sources = (("data.train", recipe.data.train), ("data.heldout", recipe.data.heldout))
+    return [
+        (f"{key}.path", f"no file, folder or match at {source.path!r}")
+        for key, source in sources
+        if source.path
+        and not (source.hub or (isinstance(source, HeldOut) and source.fraction is not None))
+        and not _exists(source.path)
+    ]
+
+
+def _exists(path: str) -> bool:
+    expanded = Path(path).expanduser()
+    return expanded.exists() or any(True for _ in glob.iglob(str(expanded), recursive=True))
+
+
+def _model_folders(recipe: Recipe) -> Problems:
+    problems = []
+    for role, model in _models(recipe):
+        if model.model is None:
+            continue
+        path, gguf = Path(model.model).expanduser(), getattr(model, "gguf_file", None)
+        looks_like_path = model.model.startswith((".", "/", "~")) or model.model.count("/") > 1 or path.exists()
+        if looks_like_path and gguf and not (path / gguf).is_file():
+            problems.append((f"{role}.gguf_file", f"no file {gguf!r} in {model.model!r}"))
+        elif looks_like_path and not gguf and not (path / "config.json").is_file():
+            problems.append((f"{role}.model", f"no config.json in {model.model!r}; expected a save_pretrained folder"))
+    return problems
+
+
+def _configs(recipe: Recipe) -> Problems:
+    if recipe.teacher is None or recipe.teacher.config is None:
+        return []
+    return [("teacher.config", "has no weights, only the ledger can use it; give teacher.model")]
+
+
+def _other_recipe(recipe: Recipe) -> Problems:
+    asked = recipe.training.tokens
+    if isinstance(asked, MatchFlops) and not Path(asked.match_flops).is_file():
+        return [("training.tokens.match_flops", f"no recipe file at {asked.match_flops!r}")]
+    return []
+
+
+def _models(recipe: Recipe) -> list[tuple[str, Model]]:
+    return [(role, m) for role, m in (("teacher", recipe.teacher), ("student", recipe.student)) if m is not None]
+
+
+RULES = (_unread_keys, _teacher_needed, _alternatives, _hours, _remote_code, _intervals, _split, _other_recipe)
+"""What can be said of a recipe by itself."""
+
+FILES = (_corpora, _model_folders, _configs)
+"""What a run needs on this machine."""
