@@ -381,10 +381,10 @@ MUTANTS = (
     ),
     Mutant(
         "records after the checkpoint stay",
-        "report/record.py",
-        "self._file.truncate(resume_at)",
-        "pass",
-        "tests/faults",
+        "run.py",
+        "resume_at=cursor.metrics_bytes)",
+        'resume_at=cursor.metrics_bytes and (run.folder / "metrics.jsonl").stat().st_size)',
+        "tests/faults/test_f03_asked_to_stop.py",
     ),
     Mutant(
         "no lock",

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,13 +26,14 @@ from tailkd.data.packing import IGNORED, Row
 from tailkd.errors import Refusal
 from tailkd.evaluate.heldout import HeldOut, evaluate
 from tailkd.models.head import SplitModel
-from tailkd.objective import Objective, Tally, distillation_loss
+from tailkd.objective import Head, Objective, Tally, distillation_loss
 from tailkd.objective.layout import with_sequences
 from tailkd.objective.tally import add
 from tailkd.teacher.live import LiveTeacher
 from tailkd.train import parallel
 from tailkd.train.optim import build_optimizer
 from tailkd.train.ranks import ALONE, VARIABLES, Ranks
+from tailkd.train.step import Step
 
 RANKS, STEPS, BATCH, MICRO = 2, 3, 8, 2
 VOCABULARY, USABLE, CONTEXT = 101, 97, 14  # vocabularies that do not divide among the ranks
@@ -166,6 +168,7 @@ def work(folder: Path) -> dict[str, Any]:
             save_file(state, folder / f"{name}.safetensors")
     found["units"] = units(ranks)
     found["stopped"] = stopped(ranks)
+    found["skipped"] = skipped(ranks)
     found["refused"] = refused(ranks)
     found["waiting"] = [waiting(ranks, strategy) for strategy in ("fsdp", "ddp")]
     for head in ("tied", "untied"):
@@ -237,6 +240,24 @@ def waiting(ranks: Ranks, strategy: str) -> bool:
         return all(grad is None for grad in grads)
     first, second = ranks.gathered(torch.cat([grad.flatten() for grad in grads if grad is not None]))
     return not torch.allclose(first, second)
+
+
+def skipped(ranks: Ranks) -> list[Any]:
+    """The second rank's teacher alone is not finite, where nothing is learned: the losses do not show it."""
+    student, teacher = models_of(EXACT["ddp, tied, trained"], ranks)
+
+    def damaged(batch: Batch) -> Head:
+        head = teacher(batch)
+        assert isinstance(head, Head)
+        unlearned = (batch.labels == IGNORED).unsqueeze(-1) & (ranks.rank == 1)
+        return replace(head, hidden=head.hidden.masked_fill(unlearned, float("nan")))
+
+    optimizer = build_optimizer(student.plain, learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    before = [p.detach().clone() for p in student.plain.parameters()]
+    step = Step(student, damaged, OBJECTIVE, optimizer, micro_batch_size=MICRO, clip_norm=CLIP, ranks=ranks)
+    result = step(global_batches()[0])
+    same = all(torch.equal(a, b) for a, b in zip(before, student.plain.parameters(), strict=True))
+    return [result.not_finite, same]
 
 
 def refused(ranks: Ranks) -> str:
@@ -321,6 +342,10 @@ def test_losses_and_norms_are_those_of_one_process(ranks: list[dict[str, Any]], 
         # A wrong divisor shows here alone: clipping and AdamW take a common factor of the gradients out of the weights.
         assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5)
         assert found["samples"] == expected["samples"]
+
+
+def test_an_update_is_skipped_by_all_or_none(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["skipped"] for rank in ranks] == [["teacher's hidden states", True]] * RANKS
 
 
 @pytest.mark.parametrize("name", EXACT)
