@@ -137,8 +137,8 @@ MUTANTS = (
     Mutant(
         "division per micro-batch",
         "train/step.py",
-        "loss.mean(batch.count if divisor is None else divisor).backward()",
-        "(loss.mean() / len(micros)).backward()",
+        "(total / max(divisor, 1)).backward()",
+        "(total / max(micro.count, 1) / len(micros)).backward()",
         "tests/train",
     ),
     Mutant(

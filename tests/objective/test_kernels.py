@@ -57,6 +57,7 @@ def test_fresh_memory_is_never_read(poisoned: None) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_fused_is_exact_on_all_draws() -> None:
     check(ALL)
 
