@@ -10,11 +10,14 @@ from typing import Any
 
 import builders
 import pytest
+import torch
 from ruamel.yaml import YAML
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from tailkd import cli
 from tailkd.errors import Refusal
+from tailkd.models.shrink import Cut, cut_student
 
 
 def tailkd(*arguments: str, expected: int = 0) -> tuple[str, str]:
@@ -35,7 +38,7 @@ def recipe_path(recipe: dict[str, Any], tmp_path: Path) -> Path:
 
 def test_the_verbs_are_these() -> None:
     names = {command.name or command.callback.__name__ for command in cli.app.registered_commands}  # type: ignore[union-attr]
-    assert names == {"demo", "distill", "evaluate", "report", "check", "ledger", "schema", "doctor"}
+    assert names == {"demo", "distill", "sweep", "shrink", "evaluate", "report", "check", "ledger", "schema", "doctor"}
 
 
 def test_distill_evaluate_report(recipe_path: Path, tmp_path: Path) -> None:
@@ -93,6 +96,24 @@ def test_the_ledger_needs_configurations_alone(recipe_path: Path, stranger: Simp
     assert found["hours"] == pytest.approx(spent / 0.4e12 / 3600)
     assert found["money"] == pytest.approx(2.5 * found["hours"])
     assert "pflop per million tokens" in tailkd("ledger", str(recipe_path))[0]
+
+
+def test_shrink_writes_what_a_run_starts_from(recipe_path: Path, stranger: SimpleNamespace, tmp_path: Path) -> None:
+    cut = ["student.model=null", "student.from_teacher.layers=1", "student.from_teacher.freeze_embeddings=true"]
+    out = tmp_path / "new" / "student"
+    said = tailkd("shrink", str(recipe_path), "--out", str(out), *cut, "data.train.path=nowhere.jsonl")[0]
+    student = AutoModelForCausalLM.from_pretrained(out)
+    total, embedding = student.num_parameters(), student.get_input_embeddings().weight.numel()
+    assert f"{total:,} parameters, {embedding:,} of them embeddings, {total - embedding:,} to be trained" in said
+    teacher = AutoModelForCausalLM.from_pretrained(stranger.teacher)
+    expected = cut_student(teacher, Cut(layers=1)).state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in student.state_dict().items())
+    assert AutoTokenizer.from_pretrained(out).get_vocab() == stranger.tokenizer.get_vocab()
+    with pytest.raises(Refusal, match="is there already and not an empty folder; give another --out"):
+        cli.shrink(recipe_path, out, cut)
+    with pytest.raises(Refusal, match=r"the recipe has no student.from_teacher"):
+        cli.shrink(recipe_path, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

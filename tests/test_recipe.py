@@ -80,6 +80,8 @@ def test_overrides(tmp_path: Path) -> None:
         recipe_file.read(write(tmp_path, HEAD), {"training.sead": 1})
     with pytest.raises(Refusal, match=r"'training.seed' is not of the form key=value"):
         recipe_file.parse_overrides(["training.seed"])
+    with pytest.raises(Refusal, match=r"'\[0.9' is not a value in YAML"):
+        recipe_file.parse_overrides(["training.betas=[0.9"])
 
 
 BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(

@@ -117,6 +117,50 @@ def distill(
 
 
 @app.command()
+def sweep(
+    recipe: RecipePath,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=a,b,c ...]", help="Values to try: objective.top_k=1,5,10,20.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what all of them cost, and start nothing.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs; default runs/NAME-sweep.")] = None,
+) -> None:
+    """Train every combination of values, one after another; the same command goes on with an interrupted sweep.
+
+    Exit codes: as of distill; a run that diverges ends no sweep.
+    """
+    from tailkd import sweep as combinations
+    from tailkd.report.table import print_table
+
+    planned = combinations.plan(recipe, overrides or [], out)
+    if dry_run:
+        combinations.print_bills(planned)
+        return
+    _quiet()
+    runs, page = combinations.train(planned, lambda message: print(message, file=sys.stderr, flush=True))
+    print_table(runs)
+    print(f"report: {page}")
+
+
+@app.command()
+def shrink(
+    recipe: RecipePath,
+    out: Annotated[Path, typer.Option(help="Folder to write; new or empty.")],
+    overrides: Overrides = None,
+) -> None:
+    """Write the untrained student that `student.from_teacher` cuts out of the teacher, and its tokenizer."""
+    from tailkd import recipe_file
+
+    checked = recipe_file.read(recipe, recipe_file.parse_overrides(overrides or []), files=False)
+    from tailkd import pair
+
+    _quiet()
+    made = pair.shrink(checked, out)
+    counted = f"{made.total:,} parameters, {made.embedding:,} of them embeddings, {made.trainable:,} to be trained"
+    print(f"{out}: {counted}")
+
+
+@app.command()
 def evaluate(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")], json_: Json = False) -> None:
     """Measure a run's student again on the held-out rows."""
     from tailkd import run as way
@@ -149,7 +193,12 @@ def report(
 
 
 @app.command()
-def check(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) -> None:
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    load: Annotated[bool, typer.Option("--load", help="Load the models and train a few steps: speed, memory.")] = False,
+    json_: Json = False,
+) -> None:
     """What a run needs, what it costs and what would break it, before it: all problems at once."""
     from tailkd import recipe_file
     from tailkd.recipe_problems import RecipeRefusal
@@ -166,6 +215,10 @@ def check(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) 
 
     _quiet()
     found = inspect(checked, refused)
+    if load:
+        from tailkd import trial
+
+        found["load"] = trial.load(checked, lambda message: print(message, file=sys.stderr))
     print(json.dumps(found, indent=1)) if json_ else print_tree(found)
 
 

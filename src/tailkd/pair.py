@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from tailkd import folder
 from tailkd.errors import Refusal
+from tailkd.ledger.parameters import Parameters, count
 from tailkd.models import load, precision, vocabulary
 from tailkd.models.shrink import Cut, cut_student, freeze_embeddings, student_config
 from tailkd.recipe import FromTeacher, Model, Recipe
@@ -165,3 +167,31 @@ def load_student(recipe: Recipe, teacher: Any | None, device: torch.device, fold
     if made is not None and made.freeze_embeddings:
         freeze_embeddings(model)
     return model
+
+
+# ----- the student alone
+
+
+def shrink(recipe: Recipe, out: Path) -> Parameters:
+    """Write the student of `student.from_teacher` and its tokenizer, as the recipe's run would start from them.
+
+    The teacher is loaded on the CPU, in float32 unless `teacher.dtype` or `training.precision` say otherwise.
+
+    Returns:
+        How many parameters the student has.
+
+    Raises:
+        Refusal: a recipe without `student.from_teacher`, a folder that is not new or empty.
+    """
+    made = recipe.student.from_teacher
+    if made is None:
+        raise Refusal("the recipe has no student.from_teacher, so there is no student to be cut out of its teacher")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise Refusal(f"{out} is there already and not an empty folder; give another --out")
+    folder.refuse_unwritable(out)
+    device = torch.device("cpu")
+    shared = read_vocabulary(recipe)
+    student = load_student(recipe, load_teacher(recipe, device), device)
+    student.save_pretrained(out)
+    shared.tokenizer.save_pretrained(out)
+    return count(student.config, frozen_embeddings=made.freeze_embeddings)

@@ -77,12 +77,19 @@ def _dropped(values: Any, location: list[str]) -> Any:
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
     """``["training.seed=4", "out=elsewhere"]`` as ``{"training.seed": 4, "out": "elsewhere"}``."""
+    from ruamel.yaml.error import YAMLError
+
     overrides = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or not key:
             raise Refusal(f"override {argument!r} is not of the form key=value, such as training.seed=4")
-        overrides[key] = yaml().load(value) if value else None
+        try:
+            overrides[key] = yaml().load(value) if value else None
+        except YAMLError as error:
+            raise Refusal(
+                f"override {argument!r}: {value!r} is not a value in YAML, such as 4, text or [0.9, 0.95]"
+            ) from error
     return overrides
 
 
