@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all test-faults test-browser mutants check format bench tables docs clean
+.PHONY: demo test test-all test-faults test-recipes test-browser mutants check format bench tables docs clean
 
 demo: $(VENV)/base.stamp  ## corpus, teacher and five students on this machine; opens no connection
 	$(BIN)/python -m tailkd demo
@@ -20,6 +20,9 @@ test-browser: $(VENV)/browser.stamp  ## the demo's page in Debian's chromium; af
 
 test-faults: $(VENV)/dev.stamp  ## injected faults, the long ones too: kills, signals, full disks, many processes
 	$(BIN)/python -m pytest tests/faults tests/train
+
+test-recipes: $(VENV)/dev.stamp  ## every recipe of the package checked, and trained for 20 steps with tiny models
+	$(BIN)/python -m pytest tests/test_recipes.py
 
 mutants: $(VENV)/dev.stamp  ## deliberate faults, and the test that catches each
 	$(BIN)/python tests/mutants.py

@@ -38,7 +38,20 @@ def recipe_path(recipe: dict[str, Any], tmp_path: Path) -> Path:
 
 def test_the_verbs_are_these() -> None:
     names = {command.name or command.callback.__name__ for command in cli.app.registered_commands}  # type: ignore[union-attr]
-    assert names == {"demo", "distill", "sweep", "shrink", "evaluate", "report", "check", "ledger", "schema", "doctor"}
+    assert names == {
+        "demo",
+        "distill",
+        "sweep",
+        "shrink",
+        "evaluate",
+        "report",
+        "check",
+        "ledger",
+        "recipes",
+        "init",
+        "schema",
+        "doctor",
+    }
 
 
 def test_distill_evaluate_report(recipe_path: Path, tmp_path: Path) -> None:

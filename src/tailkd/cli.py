@@ -251,6 +251,34 @@ def schema(
 
 
 @app.command()
+def recipes(json_: Json = False) -> None:
+    """The paper's experiments as recipes: tokens, GPUs, hours on them, memory on one; `tailkd init NAME` copies one."""
+    from tailkd.catalogue import listed
+
+    entries = listed()
+    if json_:
+        print(json.dumps([entry.as_dict() for entry in entries], indent=1))
+        return
+    width = max(len(entry.name) for entry in entries)
+    print(f"{'recipe':<{width}}  table  tokens  GPUs   hours  memory")
+    for e in entries:
+        bill = f"{e.tokens / 1e9:5.2f}B  {e.gpus:>4}  {e.hours:6.1f}  {e.memory_bytes / 1e9:3.0f} GB"
+        print(f"{e.name:<{width}}  {e.table:<5}  {bill}  {e.about}")
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A recipe that `tailkd recipes` lists.")],
+    to: Annotated[Path, typer.Option(metavar="DIR", help="Folder to copy it to.")] = Path(),
+) -> None:
+    """Copy one of the paper's recipes, and the files it extends, to be changed and run."""
+    from tailkd.catalogue import copied
+
+    for path in copied(name, to):
+        print(path)
+
+
+@app.command()
 def doctor() -> None:
     """Whether this machine can run tailkd: versions, device, memory, disk."""
     from tailkd.doctor import examine
