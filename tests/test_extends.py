@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from ruamel.yaml import YAML
 from tailkd import recipe_file
 from tailkd.bill import flops_per_token, settled
 from tailkd.errors import Refusal
+from tailkd.pair import read_vocabulary
 
 
 @pytest.fixture
@@ -110,3 +112,10 @@ def test_budgets_that_buy_nothing(base: Path) -> None:
     for path in (one, two):
         with pytest.raises(Refusal, match="recipes match one another in a circle"):
             settled(recipe_file.read(path))
+
+
+def test_a_configuration_alone_has_no_tokenizer(base: Path, stranger: SimpleNamespace) -> None:
+    text = f"teacher: {{config: {stranger.teacher / 'config.json'}}}\n"
+    read = recipe_file.read(child(base, text), files=False)
+    with pytest.raises(Refusal, match=r"teacher.model is null, and this needs its weights or tokenizer"):
+        read_vocabulary(read)
