@@ -135,3 +135,16 @@ def start_by_hand(command: list[str], *, ranks: int = 2, timeout: float = 600) -
         )
         for rank in range(ranks)
     ]
+
+
+def run_file(file: str, folder: Path, *, ranks: int = 2) -> None:
+    """Run a test's own file as ``__rank__`` in the processes of one run; all must end well."""
+    code = f"import json, runpy, sys; sys.path[:] = json.loads({json.dumps(sys.path)!r}); "
+    code += f"runpy.run_path({file!r}, run_name='__rank__')"
+    processes = start_by_hand(["-c", code, str(folder)], ranks=ranks)
+    try:
+        errors = [process.communicate(timeout=240)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * ranks, "\n".join(errors)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import running
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -28,7 +27,7 @@ from tailkd.teacher.live import LiveTeacher
 from tailkd.train import parallel, tensors
 from tailkd.train.checkpoint import Checkpoints, Cursor
 from tailkd.train.optim import build_optimizer
-from tailkd.train.ranks import ALONE, VARIABLES, Ranks
+from tailkd.train.ranks import ALONE, Ranks
 from tailkd.train.step import Step
 
 RANKS, STEPS, SAVED, BATCH, CONTEXT, VOCABULARY = 2, 50, 47, 4, 12, 61
@@ -159,26 +158,7 @@ def errors(found: dict[str, Tensor]) -> dict[str, float]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes, started as torchrun starts them, left what they found."""
     folder = tmp_path_factory.mktemp("frozen")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    code = f"import json, runpy, sys; sys.path[:] = json.loads({json.dumps(sys.path)!r}); "
-    code += f"runpy.run_path({__file__!r}, run_name='__rank__')"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(folder)],
-            env={**os.environ, **address, **dict(zip(VARIABLES, (str(rank), str(RANKS), str(rank)), strict=True))},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        printed = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * RANKS, "\n".join(printed)
+    running.run_file(__file__, folder, ranks=RANKS)
     return folder
 
 

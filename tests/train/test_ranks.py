@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,6 +15,7 @@ from typing import Any
 import builders
 import numpy as np
 import pytest
+import running
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -284,27 +283,7 @@ def save_student(case: SimpleNamespace, ranks: Ranks, folder: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes, started as torchrun starts them, left what they found."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    paths = json.dumps(sys.path)  # the tests' own helpers too
-    code = f"import json, runpy, sys; sys.path[:] = json.loads({paths!r}); "
-    code += f"runpy.run_path({__file__!r}, run_name='__rank__')"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(folder)],
-            env={**os.environ, **address, **dict(zip(VARIABLES, (str(rank), str(RANKS), str(rank)), strict=True))},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        errors = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * RANKS, "\n".join(errors)
+    running.run_file(__file__, folder, ranks=RANKS)
     return folder
 
 
