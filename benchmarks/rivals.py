@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tailkd.objective import Head, Objective, distillation_loss
 from tailkd.objective.divergences import tail_aware_divergence
+from tailkd.objective.layout import Layout, layout_of
 
 
 class Shape(NamedTuple):
@@ -39,6 +40,10 @@ class Case:
     weight: Tensor
     teacher: Head
     labels: Tensor
+    layout: Layout = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.layout = layout_of(self.labels)  # the loader knows it on the host
 
     @classmethod
     def drawn(cls, shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
@@ -112,7 +117,8 @@ def products(case: Case) -> None:
 def ours(objective: Objective, impl: str = "auto") -> Callable[[Case], None]:
     def step(case: Case) -> None:
         head, teacher = Head(case.hidden, case.weight), case.teacher if objective.needs_teacher else None
-        distillation_loss(head, teacher, case.labels, objective=objective, impl=impl).mean().backward()
+        options = {"objective": objective, "impl": impl, "layout": case.layout}
+        distillation_loss(head, teacher, case.labels, **options).mean().backward()
 
     return step
 

@@ -59,16 +59,22 @@ def draw(seed: int) -> tuple[dict[str, Any], tailkd.Objective, dict[str, Tensor 
 
 
 def loss_and_gradients(
-    case: tuple[dict[str, Any], tailkd.Objective, dict[str, Tensor | None]], dtype: torch.dtype, impl: str
+    case: tuple[dict[str, Any], tailkd.Objective, dict[str, Tensor | None]],
+    dtype: torch.dtype,
+    impl: str,
+    device: str = "cpu",
 ) -> tuple[tailkd.objective.Loss, dict[str, Tensor]]:
+    """What an implementation makes of a case on a device; value and gradients come back on the CPU."""
     tensors, objective, options = case
-    cast = {name: t.detach().to(dtype) if isinstance(t, Tensor) else t for name, t in tensors.items()}
+    cast = {name: t.detach().to(device, dtype) if isinstance(t, Tensor) else t for name, t in tensors.items()}
+    options = {name: None if t is None else t.to(device) for name, t in options.items()}
     leaves = {name: cast[name].requires_grad_() for name in ("hidden", "weight", "bias") if cast[name] is not None}
     student = tailkd.Head(cast["hidden"], cast["weight"], cast["bias"], cast["scale"], cast["softcap"])
     teacher = tailkd.Head(cast["teacher_hidden"], cast["teacher_weight"], cast["teacher_bias"], 1.0, cast["softcap"])
     loss = tailkd.distillation_loss(student, teacher, objective=objective, impl=impl, **options)  # type: ignore[arg-type]
     (1.7 * loss.sum).backward()
-    return loss, {"value": loss.sum.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+    gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return loss, {name: t.detach().cpu() for name, t in {"value": loss.sum, **gradients}.items()}
 
 
 def error(found: Tensor, truth: Tensor) -> float:
@@ -77,7 +83,8 @@ def error(found: Tensor, truth: Tensor) -> float:
     return float((found[finite].double() - truth[finite]).norm() / truth[finite].norm().clamp_min(1e-12))
 
 
-def small() -> tuple[tailkd.Head, tailkd.Head, Tensor]:
+def small(device: str = "cpu") -> tuple[tailkd.Head, tailkd.Head, Tensor]:
     torch.manual_seed(0)
-    student = tailkd.Head(torch.randn(2, 5, 4, requires_grad=True), torch.randn(30, 4, requires_grad=True))
-    return student, tailkd.Head(torch.randn(2, 5, 6), torch.randn(30, 6)), torch.randint(30, (2, 5))
+    hidden, weight, *theirs = (torch.randn(size).to(device) for size in ((2, 5, 4), (30, 4), (2, 5, 6), (30, 6)))
+    student = tailkd.Head(hidden.requires_grad_(), weight.requires_grad_())
+    return student, tailkd.Head(*theirs), torch.randint(30, (2, 5)).to(device)

@@ -52,14 +52,14 @@ MUTANTS = (
     Mutant(
         "a kept graph's gradient scaled in place",
         "objective/chunked.py",
-        "scaled = torch.mul if _graph_is_kept() else Tensor.mul_",
-        "scaled = Tensor.mul_",
+        "in_place = dtype == gradient.dtype and not _graph_is_kept()",
+        "in_place = dtype == gradient.dtype",
         "tests/objective/test_chunked.py",
     ),
     Mutant(
         "mean tail mass over all rows, chunked and fused",
         "objective/work.py",
-        "objective, log_mean = self.objective, self.log_mean[self.group[start:stop]]",
+        "objective, log_mean = self.objective, self.log_mean[self.layout.group[start:stop]]",
         "objective, log_mean = self.objective, self.log_mean.exp().mean().log().expand(stop - start)",
         "tests/objective/test_chunked.py",
     ),

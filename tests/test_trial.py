@@ -90,10 +90,12 @@ def test_hours_count_every_step_and_every_evaluation(
 def test_hours_are_those_of_a_run_of_50_steps(
     stranger: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe: dict[str, Any] = running.small(stranger, tmp_path / "run", tokens=50 * 8 * 128, save_every_tokens=None)
-    recipe["data"]["context"] = 128
-    recipe["evaluate"] = {"every_tokens": 10 * 8 * 128, "tokens": 2_000, "batch_size": 4}
-    sizes = {"hidden": 256, "layers": 4}
+    on_gpu = torch.cuda.is_available()
+    context, hidden, layers, allowed = (256, 1024, 16, 0.1) if on_gpu else (128, 256, 4, 0.2)
+    recipe: dict[str, Any] = running.small(stranger, tmp_path / "run", tokens=50 * 8 * context, save_every_tokens=None)
+    recipe["data"]["context"] = context
+    recipe["evaluate"] = {"every_tokens": 10 * 8 * context, "tokens": 2_000, "batch_size": 4}
+    sizes = {"hidden": hidden, "layers": layers}
     for role, seed in (("teacher", 1), ("student", 2)):
         recipe[role] = {"model": str(builders.save_model(tmp_path / role, stranger.tokenizer, seed=seed, **sizes))}
     found = trial.load(recipe_file.read(recipe), silent)
@@ -110,4 +112,4 @@ def test_hours_are_those_of_a_run_of_50_steps(
     tailkd.distill(recipe)
     print(f"a run of 50 steps took {took:.2f} s, check --load said {3600 * found['hours']:.2f} s")
     assert took > 3
-    assert 3600 * found["hours"] == pytest.approx(took, rel=0.2)
+    assert 3600 * found["hours"] == pytest.approx(took, rel=allowed)

@@ -17,6 +17,7 @@ from tailkd.objective import chunked, fused
 from tailkd.objective.layout import layout_of
 
 FEW, ALL = range(30), range(260)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,7 @@ def check(seeds: range) -> None:
         tensors, *rest = draw(seed)
         case = ({n: t.float().double() if isinstance(t, Tensor) else t for n, t in tensors.items()}, *rest)
         truth, eager, ours = (
-            loss_and_gradients(case, dtype, impl)[1]
+            loss_and_gradients(case, dtype, impl, DEVICE)[1]
             for dtype, impl in ((torch.float64, "reference"), (torch.float32, "reference"), (torch.float32, "fused"))
         )
         for name in (n for n in truth if truth[n].norm() > 1e-6):
@@ -48,7 +49,7 @@ def check(seeds: range) -> None:
 
 @pytest.mark.parametrize("budget", [1 << 30, 40_000, 1], ids=["one chunk", "many chunks", "rows beyond the budget"])
 def test_fused_is_exact(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(chunked.CHUNK_BYTES, "cpu", budget)
+    monkeypatch.setitem(chunked.CHUNK_BYTES, DEVICE, budget)
     check(FEW if budget == 1 << 30 else range(10))
 
 
@@ -76,18 +77,18 @@ def test_narrow_products_cost_what_eager_code_pays(dtype: torch.dtype) -> None:
         )
         truth = loss_and_gradients(case, torch.float64, "reference")[1]
         for place, impl in enumerate(("fused", "reference")):
-            found = loss_and_gradients(case, dtype, impl)[1]
+            found = loss_and_gradients(case, dtype, impl, DEVICE)[1]
             sums[place] += sum(error(found[n], truth[n]) for n in truth if truth[n].norm() > 1e-6)
     assert sums[0] <= 1.1 * sums[1]
 
 
 def test_a_scan_finds_heads_with_equal_logits() -> None:
     """Equal logits are each taken once, whichever comes first, and the rest is the rest."""
-    logits = torch.randint(3, (6, 90)).float()
+    logits = torch.randint(3, (6, 90), device=DEVICE).float()
     work = type("Work", (), {})()
     engine = fused.Fused(work)
     side = tailkd.objective.sides.Side(logits, logits, None, 1.0, None, False)
-    ids = torch.empty(6, 40, dtype=torch.int64)
+    ids = torch.empty(6, 40, dtype=torch.int64, device=DEVICE)
     tail, first = engine._scan(side, logits, 1.0, ids)
     assert all(len(set(row.tolist())) == 40 for row in ids)
     assert torch.equal(logits.gather(1, ids), logits.topk(40).values)
@@ -97,8 +98,14 @@ def test_a_scan_finds_heads_with_equal_logits() -> None:
     torch.testing.assert_close(tail.largest + tail.total.log(), rest.logsumexp(1, keepdim=True))
 
 
+def test_a_gradient_is_scaled_into_another_precision() -> None:
+    gradient, factor = torch.randn(7, 53, device=DEVICE), torch.tensor(0.3, device=DEVICE)
+    narrow = torch.float16 if DEVICE == "cpu" else torch.bfloat16  # the interpreter cuts bfloat16 off
+    assert torch.equal(fused.scaled(gradient, factor, narrow), (gradient * factor).to(narrow))
+
+
 def test_what_cannot_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    student, teacher, labels = small()
+    student, teacher, labels = small(DEVICE)
 
     def run(head: tailkd.Head, impl: str = "fused") -> None:
         tailkd.distillation_loss(head, teacher, labels, objective=tailkd.Objective(), impl=impl)
@@ -143,10 +150,10 @@ def build(kernel, dtype, **constants):
     source = ASTSource(kernel, {n: kind(n) for n in names}, places)
     assert "cubin" in compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm
 
-build(kernels.scan, "*bf16", CAPPED=True, LANES=2048, STEPS=128)
-build(kernels.split_gradient, "*bf16", CAPPED=True, TEACHER_CAPPED=True, TEACHER=True, TEMPERED=True, BLOCK=4096)
+build(kernels.scan, "*bf16", FORM=2, TEMPERED=True, LANES=2048, STEPS=128)
+build(kernels.split_gradient, "*bf16", FORM=2, TEACHER_FORM=2, TEACHER=True, TEMPERED=True, BLOCK=4096)
 for kind in range(5):
-    build(kernels.whole_gradient, "*bf16", CAPPED=False, TEACHER_CAPPED=False, TEMPERED=True, KIND=kind, BLOCK=4096)
+    build(kernels.whole_gradient, "*bf16", FORM=0, TEACHER_FORM=1, TEMPERED=True, KIND=kind, BLOCK=4096)
 """
 
 

@@ -24,7 +24,8 @@ from tailkd.objective.sides import Mixture, Side, teacher_side
 from tailkd.objective.signal import Dense
 from tailkd.objective.work import Work, wide_dtype
 
-CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
+WIDE_SUMS = "dtype_out" in torch.ops.aten.addmm.overloads()  # products of bfloat16 added up in float32 (torch >= 2.8)
 
 
 class Engine(Protocol):
@@ -66,13 +67,14 @@ class _Chunked(torch.autograd.Function):
         student, teacher, labels, objective, layout, token_weights, impl = rest
         needs = ctx.needs_input_grad[:3]
         with torch.autocast(hidden.device.type, enabled=False):
-            valid = layout.valid.to(labels.device, non_blocking=True)
-            side = None if teacher is None else teacher_side(teacher, valid, wide_dtype(hidden))
-            student = Side.of(student, valid)
+            layout = layout.to(labels.device)
+            side = None if teacher is None else teacher_side(teacher, layout.valid, wide_dtype(hidden))
+            student = Side.of(student, layout.valid)
             work = Work.of(student, side, labels, token_weights, objective, layout, gradient=any(needs))
             gradients = _Gradients.like(work, hidden, weight, bias, needs)
             _run(work, gradients, engine_of(impl, work))
         ctx.save_for_backward(*gradients.finished(hidden, layout))
+        ctx.impl = impl
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
         parts = work.totals()
         total = parts[0].to(work.wide)
@@ -84,9 +86,18 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        scaled = torch.mul if _graph_is_kept() else Tensor.mul_  # the last time nobody else will read what was saved
-        scaled_back = (None if g is None else scaled(g, incoming[0].to(g.dtype)).to(dtype) for g, dtype in pairs)
-        return (*scaled_back, None)
+        return (*(None if g is None else _scaled(g, incoming[0], dtype, ctx.impl) for g, dtype in pairs), None)
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, impl: str) -> Tensor:
+    """`gradient * factor` in `dtype`, in one pass; in place where nobody else will read what was saved."""
+    if dtype != gradient.dtype and impl == "fused" and gradient.is_cuda:
+        from tailkd.objective.fused import scaled
+
+        return scaled(gradient, factor, dtype)
+    in_place = dtype == gradient.dtype and not _graph_is_kept()
+    out = gradient if in_place else torch.empty_like(gradient, dtype=dtype)
+    return torch.mul(gradient, factor.to(gradient.dtype), out=out)
 
 
 def _graph_is_kept() -> bool:
@@ -103,8 +114,8 @@ def _run(work: Work, gradients: _Gradients, engine: Engine) -> None:
         parts = [(start, stop) for start, stop, whole in pieces if not whole]
         for start, stop in parts:
             engine.sweep(work.teacher.products(start, stop), start)
-        for start, stop in parts:
-            work.close_sequences(start, stop)
+        if parts:  # whole rows between them are closed again with their chunk
+            work.close_sequences(parts[0][0], parts[-1][1])
     for start, stop, whole in pieces:
         student = work.student.products(start, stop)
         teacher = None if work.teacher is None else work.teacher.products(start, stop)
@@ -146,12 +157,7 @@ class _Gradients:
             torch.mm(products, student.weight, out=self.hidden[start:stop])
         hidden = student.hidden[start:stop]
         if self.weight is not None:
-            if products.dtype == self.weight.dtype:
-                torch.addmm(self.weight, products.T, hidden, beta=float(self.started), out=self.weight)
-            elif self.started:
-                self.weight += products.T @ hidden
-            else:
-                self.weight.copy_(products.T @ hidden)
+            _accumulate(self.weight, products, hidden, self.started)
         if self.bias is not None:
             self.bias += products.sum(0, dtype=self.bias.dtype)
         self.started = True
@@ -162,20 +168,31 @@ class _Gradients:
             for part in (self.hidden, self.weight):
                 if part is not None:
                     part.zero_()
-        spread = None
-        if self.hidden is not None:
-            flat = torch.zeros(hidden.shape, dtype=self.hidden.dtype, device=hidden.device).flatten(0, -2)
-            spread = flat.index_copy_(0, layout.valid.to(hidden.device, non_blocking=True), self.hidden).view(
-                hidden.shape
-            )
+        spread = self.hidden
+        if spread is not None and spread.numel() < hidden.numel():
+            flat = torch.zeros(hidden.shape, dtype=spread.dtype, device=hidden.device).flatten(0, -2)
+            spread = flat.index_copy_(0, layout.valid, spread)
+        spread = None if spread is None else spread.view(hidden.shape)
         return spread, self.weight, self.bias
+
+
+def _accumulate(total: Tensor, products: Tensor, hidden: Tensor, started: bool) -> None:
+    """`total` (+)= products.T @ hidden, summed in the dtype of `total` where the device's library can."""
+    if products.dtype == total.dtype:
+        torch.addmm(total, products.T, hidden, beta=float(started), out=total)
+    elif products.is_cuda and WIDE_SUMS:
+        torch.ops.aten.addmm.dtype_out(total, products.T, hidden, total.dtype, beta=float(started), out=total)
+    elif started:
+        total += products.T @ hidden
+    else:
+        total.copy_(products.T @ hidden)
 
 
 def logits_in_blocks(
     student: Head, teacher: Head | Dense | None, layout: Layout, rows: int
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Float32 logits of both sides, at most `rows` valid positions at a time; the caller may overwrite them."""
-    valid = layout.valid.to(student.hidden.device, non_blocking=True)
+    valid = layout.to(student.hidden.device).valid
     wide = wide_dtype(student.hidden)
     ours = Side.of(student, valid)
     theirs = None if teacher is None else teacher_side(teacher, valid, wide)

@@ -18,7 +18,7 @@ from tailkd.objective.sides import Mixture, Side
 from tailkd.objective.work import Work
 
 LANES = 2048  # of a scan
-BLOCK = 4096  # ids of a row in flight
+BLOCK = 2048  # ids of a row in flight
 MOST_IN_A_SCAN = 128  # a longer head is searched by torch.topk
 WARPS = 8
 KINDS: dict[str, Any] = {
@@ -39,21 +39,14 @@ class Fused:
     def turn(self, student: Tensor, teacher: Tensor | None, start: int, whole: bool) -> None:
         """Turn products into the gradient with respect to them, in place; note values. `whole` rows are complete."""
         place = slice(start, start + len(student))
-        temperature = self.work.objective.temperature
         at_label = self._logits(self.work.student, student, self.work.labels[place])
-        plain, likeliest = self._scan(self.work.student, student, 1.0)
-        q = Lumped.of(None, plain)
-        self.work.note(place, clm=q.log_sum_exp - at_label.double())
         if teacher is None:
-            self._clm(student, plain, place)
-            return
-        tempered = plain
-        if temperature != 1.0:
-            tempered, likeliest = self._scan(self.work.student, student, temperature)
-        if self.work.divergence in KINDS:
-            self._whole(student, teacher, plain, tempered, likeliest, place)
+            log_sum_exp = self._clm(student, place)
+        elif self.work.divergence in KINDS:
+            log_sum_exp = self._whole(student, teacher, place)
         else:
-            self._split(student, teacher, plain, tempered, place, whole)
+            log_sum_exp = self._split(student, teacher, place, whole)
+        self.work.note(place, clm=log_sum_exp - at_label.double())
 
     def sweep(self, teacher: Tensor, start: int) -> None:
         """Note the log tail masses of some positions."""
@@ -61,25 +54,28 @@ class Fused:
         _, p, _ = self._teacher_split(teacher, None)
         self.work.note(place, log_tail_mass=p.log_mass)
 
-    # ----- steps
+    # ----- steps: each returns logsumexp of the untempered student, (rows, 1)
 
-    def _clm(self, student: Tensor, plain: Tail, place: slice) -> None:
+    def _clm(self, student: Tensor, place: slice) -> Tensor:
+        plain, _ = self._scan(self.work.student, student, 1.0)
         w_clm = self.work.token_weights[place] * self.work.objective.clm_weight
         zero = torch.zeros_like(w_clm)
         numbers = [plain.largest, zero, w_clm / plain.total, zero, zero, zero, zero, w_clm]
         self._gradient(student, None, numbers, place)
+        return Lumped.of(None, plain).log_sum_exp
 
-    def _split(self, student: Tensor, teacher: Tensor, plain: Tail, tempered: Tail, place: slice, whole: bool) -> None:
+    def _split(self, student: Tensor, teacher: Tensor, place: slice, whole: bool) -> Tensor:
         work, objective = self.work, self.work.objective
         labels, weight = work.labels[place], work.token_weights[place]
         w_clm = weight * objective.clm_weight
         is_tempered = objective.temperature != 1.0
         head_ids, p, tail_t = self._teacher_split(teacher, labels if work.divergence == "decoupled_kd" else None)
-        logits, tail_s = None, tempered
+        plain = self._scan(work.student, student, 1.0)[0] if is_tempered else None
+        logits = None
         if head_ids is not None:
             logits = self._logits(work.student, student, head_ids)
             student.scatter_(1, head_ids, -math.inf)
-            tail_s, _ = self._scan(work.student, student, objective.temperature)
+        tail_s, _ = self._scan(work.student, student, objective.temperature)
         q = Lumped.of(None if logits is None else logits / objective.temperature, tail_s)
         if work.has_head and whole:
             work.note(place, log_tail_mass=p.log_mass)
@@ -90,44 +86,49 @@ class Fused:
         assert weights.tail is not None
         is_label = None if head_ids is None else head_ids == labels
         gradient = rows.gradient(p, q, weights, is_label)
-        untempered = w_clm / plain.total if is_tempered else torch.zeros_like(w_clm)
         total_s, total_t = tail_s.total, tail_t.total
         numbers = [tail_s.largest, tail_t.largest, gradient.on_tail / total_s, weights.tail / total_s]
-        numbers += [weights.tail / total_t, untempered, plain.largest, w_clm]
+        numbers += [weights.tail / total_t, *self._untempered(plain, w_clm), w_clm]
         dots = self._gradient(student, teacher, numbers, place)
         if head_ids is not None and logits is not None and is_label is not None:
             in_head = gradient.in_head
-            if is_tempered:
-                in_head = in_head + w_clm * (
-                    (logits.double() - Lumped.of(None, plain).log_sum_exp).exp() - is_label.double()
-                )
+            if plain is not None:
+                probability = (logits.double() - Lumped.of(None, plain).log_sum_exp).exp()
+                in_head = in_head + w_clm * (probability - is_label.double())
             slope = work.student.slope(logits)
             student.scatter_(1, head_ids, (in_head if slope is None else in_head * slope).to(student.dtype))
         tail_kl = dots.unsqueeze(1) / total_t.double() - total_t.double().log() + total_s.double().log()
         note_split(work, place, Split(q.log_sum_exp, rows.head_kl(p, q), tail_kl, p.log_mass))
+        return q.log_sum_exp if plain is None else Lumped.of(None, plain).log_sum_exp
 
-    def _whole(
-        self, student: Tensor, teacher: Tensor, plain: Tail, tempered: Tail, likeliest: Tensor, place: slice
-    ) -> None:
+    def _whole(self, student: Tensor, teacher: Tensor, place: slice) -> Tensor:
         work, objective = self.work, self.work.objective
         assert work.teacher is not None
         temperature, is_tempered = objective.temperature, objective.temperature != 1.0
+        tempered, likeliest = self._scan(work.student, student, temperature)
+        plain = self._scan(work.student, student, 1.0)[0] if is_tempered else None
         of_teacher, _ = self._scan(work.teacher, teacher, temperature)
         w_clm = work.token_weights[place] * objective.clm_weight
         weight = work.token_weights[place] * (objective.divergence_weight * temperature)
         zero = torch.zeros_like(w_clm)
         numbers = [*_two_parts(tempered), *_two_parts(of_teacher), zero if is_tempered else w_clm, weight]
-        numbers += [w_clm / plain.total if is_tempered else zero, plain.largest, w_clm]
+        numbers += [*self._untempered(plain, w_clm), w_clm]
         share = objective.jsd_beta if work.divergence == "jensen_shannon" else objective.skew
         values = torch.empty(len(student), dtype=torch.float32, device=student.device)
         kernels.whole_gradient[(len(student),)](
             student, teacher, values, _packed(numbers), work.labels[place], likeliest, student.stride(0),
             teacher.stride(0), work.vocabulary, *_numbers(work.student), *_numbers(work.teacher), temperature,
-            share, _log(share), _log(1 - share), CAPPED=work.student.softcap is not None,
-            TEACHER_CAPPED=work.teacher.softcap is not None, TEMPERED=is_tempered, KIND=KINDS[work.divergence],
+            share, _log(share), _log(1 - share), FORM=_form(work.student), TEACHER_FORM=_form(work.teacher),
+            TEMPERED=is_tempered, KIND=KINDS[work.divergence],
             BLOCK=_width(work.vocabulary, BLOCK), num_warps=WARPS,
         )  # fmt: skip
         work.note(place, divergence=(temperature**2 * values).unsqueeze(1))
+        return Lumped.of(None, tempered if plain is None else plain).log_sum_exp
+
+    def _untempered(self, plain: Tail | None, w_clm: Tensor) -> tuple[Tensor, Tensor]:
+        """Factor and shift of the exponential that cross-entropy needs beside a tempered one."""
+        zero = torch.zeros_like(w_clm)
+        return (zero, zero) if plain is None else (w_clm / plain.total, plain.largest)
 
     def _teacher_split(self, teacher: Tensor, ids: Tensor | None) -> tuple[Tensor | None, Lumped, Tail]:
         """Head ids of the teacher (`ids`, or the top-k where the divergence has them), its split there and its tail."""
@@ -161,8 +162,8 @@ class Fused:
         lanes = _width(vocabulary, LANES)
         kernels.scan[(count,)](
             products, first if ids is None else ids, largest, total, first, products.stride(0), vocabulary,
-            0 if ids is None else ids.shape[1], *_numbers(side), temperature, CAPPED=side.softcap is not None,
-            LANES=lanes, STEPS=_width(-(-vocabulary // lanes), 1 << 30), num_warps=WARPS,
+            0 if ids is None else ids.shape[1], *_numbers(side), temperature, FORM=_form(side),
+            TEMPERED=temperature != 1.0, LANES=lanes, STEPS=_width(-(-vocabulary // lanes), 1 << 30), num_warps=WARPS,
         )  # fmt: skip
         return Tail(largest, total), first
 
@@ -174,8 +175,7 @@ class Fused:
         kernels.split_gradient[(len(student),)](
             student, given, dots, _packed(numbers), work.labels[place], student.stride(0), given.stride(0),
             work.vocabulary, *_numbers(work.student), *_numbers(other),
-            1.0 if teacher is None else objective.temperature, CAPPED=work.student.softcap is not None,
-            TEACHER_CAPPED=other.softcap is not None, TEACHER=teacher is not None,
+            objective.temperature, FORM=_form(work.student), TEACHER_FORM=_form(other), TEACHER=teacher is not None,
             TEMPERED=teacher is not None and objective.temperature != 1.0,
             BLOCK=_width(work.vocabulary, BLOCK), num_warps=WARPS,
         )  # fmt: skip
@@ -185,6 +185,14 @@ class Fused:
         """Untempered logits at some ids, (rows, k) in float32."""
         raw = products.gather(1, ids)
         return side.widen(raw, torch.empty_like(raw, dtype=torch.float32))
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`gradient * factor` in `dtype`, in one pass at the speed of the memory."""
+    out = torch.empty_like(gradient, dtype=dtype)
+    width: Any = BLOCK
+    kernels.scale[(-(-gradient.numel() // BLOCK),)](gradient, factor, out, gradient.numel(), BLOCK=width)
+    return out
 
 
 def _packed(numbers: list[Tensor]) -> Tensor:
@@ -201,6 +209,12 @@ def _two_parts(tail: Tail) -> tuple[Tensor, Tensor]:
 
 def _numbers(side: Side | Mixture) -> tuple[float, float, float]:
     return (*factor_and_divisor(side.scale), 1.0 if side.softcap is None else side.softcap)
+
+
+def _form(side: Side | Mixture) -> Any:
+    if side.softcap is not None:
+        return kernels.CAPPED
+    return kernels.PLAIN if side.scale == 1.0 else kernels.SCALED
 
 
 def _width(size: int, most: int) -> int:

@@ -16,6 +16,11 @@ import triton.language as tl
 LOW = tl.constexpr(-1e30)
 EMPTY = tl.constexpr(-3e38)  # of a lane without ids: below every logit
 
+# How a product becomes a logit: divisions are dear, and most models have nothing to divide.
+PLAIN = tl.constexpr(0)
+SCALED = tl.constexpr(1)
+CAPPED = tl.constexpr(2)  # scaled too
+
 REVERSE_KL = tl.constexpr(0)
 JENSEN_SHANNON = tl.constexpr(1)
 SKEW_FORWARD_KL = tl.constexpr(2)
@@ -42,28 +47,50 @@ def _log1p(x):
 
 
 @triton.jit
-def _logit(raw, factor, divisor, softcap, CAPPED: tl.constexpr):
+def _logit(raw, factor, divisor, softcap, FORM: tl.constexpr):
     x = raw.to(tl.float32)
-    z = x * factor / divisor
-    if CAPPED:
+    z = x
+    if FORM != PLAIN:
+        z = x * factor / divisor
+    if FORM == CAPPED:
         z = softcap * _tanh(z / softcap)
     return tl.where(x > -1e29, z, LOW)
 
 
 @triton.jit
-def _through_logit(gradient, logit, factor, divisor, softcap, CAPPED: tl.constexpr):
+def _tempered(logit, temperature, TEMPERED: tl.constexpr):
+    if TEMPERED:
+        return logit / temperature
+    return logit
+
+
+@triton.jit
+def _through_logit(gradient, logit, factor, divisor, softcap, FORM: tl.constexpr):
     """The gradient with respect to the product behind a logit."""
+    if FORM == PLAIN:
+        return gradient
     slope = factor / divisor
-    if CAPPED:
+    if FORM == CAPPED:
         part = tl.where(logit > -1e29, logit / softcap, 1.0)
         return gradient * (1.0 - part * part) * slope
     return gradient * slope
 
 
 @triton.jit
+def _seen(logit, inside, step, best, place, sums):
+    """The largest of each lane, its step, and the sum of exponentials relative to it, after one more logit."""
+    logit = tl.where(inside, logit, EMPTY)
+    gap = logit - best
+    smaller = tl.exp(-tl.abs(gap))
+    sums = tl.where(inside, tl.where(gap > 0, sums * smaller + 1.0, sums + smaller), sums)
+    place = tl.where(gap > 0, step, place)
+    return tl.maximum(best, logit), place, sums
+
+
+@triton.jit
 def scan(
     products, ids, largest, total, first, stride, vocabulary, count, factor, divisor, softcap, temperature,
-    CAPPED: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
+    FORM: tl.constexpr, TEMPERED: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Of each row: ids of its `count` largest logits; of the others the largest, its id, the sum of exponentials.
 
@@ -77,15 +104,16 @@ def scan(
     best = tl.full([LANES], EMPTY, tl.float32)
     place = tl.zeros([LANES], tl.int32)
     sums = tl.zeros([LANES], tl.float32)
-    for step in range(0, tl.cdiv(vocabulary, LANES)):
-        inside = step * LANES + lane < vocabulary
-        raw = tl.load(start + step * LANES + lane, mask=inside, other=float("-inf"))
-        logit = tl.where(inside, _logit(raw, factor, divisor, softcap, CAPPED) / temperature, EMPTY)
-        gap = logit - best
-        smaller = tl.exp(-tl.abs(gap))
-        sums = tl.where(inside, tl.where(gap > 0, sums * smaller + 1.0, sums + smaller), sums)
-        place = tl.where(gap > 0, step, place)
-        best = tl.maximum(best, logit)
+    for step in range(
+        0, tl.cdiv(vocabulary, LANES), 2
+    ):  # two loads on their way at a time: one does not fill the memory's pipe
+        column = step * LANES + lane
+        one = tl.load(start + column, mask=column < vocabulary, other=float("-inf"))
+        two = tl.load(start + column + LANES, mask=column + LANES < vocabulary, other=float("-inf"))
+        logit = _tempered(_logit(one, factor, divisor, softcap, FORM), temperature, TEMPERED)
+        best, place, sums = _seen(logit, column < vocabulary, step, best, place, sums)
+        logit = _tempered(_logit(two, factor, divisor, softcap, FORM), temperature, TEMPERED)
+        best, place, sums = _seen(logit, column + LANES < vocabulary, step + 1, best, place, sums)
     member = tl.arange(0, STEPS)
     for taken in range(0, count):
         top = tl.max(best, axis=0)
@@ -93,7 +121,7 @@ def scan(
         tl.store(ids + row * count + taken, found.to(tl.int64))
         column = member * LANES + found % LANES
         raw = tl.load(start + column, mask=column < vocabulary, other=float("-inf"))
-        logit = _logit(raw, factor, divisor, softcap, CAPPED) / temperature
+        logit = _tempered(_logit(raw, factor, divisor, softcap, FORM), temperature, TEMPERED)
         left = (column < vocabulary) & ((logit < top) | ((logit == top) & (member > found // LANES)))
         logit = tl.where(left, logit, EMPTY)
         next_best = tl.max(logit, axis=0)
@@ -114,7 +142,7 @@ def scan(
 def split_gradient(
     student, teacher, dots, numbers, labels, student_stride, teacher_stride, vocabulary,
     factor, divisor, softcap, teacher_factor, teacher_divisor, teacher_softcap, temperature,
-    CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr, TEACHER: tl.constexpr, TEMPERED: tl.constexpr,
+    FORM: tl.constexpr, TEACHER_FORM: tl.constexpr, TEACHER: tl.constexpr, TEMPERED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Student products into their gradient, for every id outside the head; `dots` is sum(eT * (u - mT - z + mS)).
@@ -133,20 +161,21 @@ def split_gradient(
         column = begin + tl.arange(0, BLOCK)
         inside = column < vocabulary
         place = student + row * student_stride + column
-        logit = _logit(tl.load(place, mask=inside, other=float("-inf")), factor, divisor, softcap, CAPPED)
-        z = logit / temperature - shift_s
+        logit = _logit(tl.load(place, mask=inside, other=float("-inf")), factor, divisor, softcap, FORM)
+        z = _tempered(logit, temperature, TEMPERED) - shift_s
         of_student = tl.exp(z)
         gradient = plain * of_student
         if TEACHER:
             raw = tl.load(teacher + row * teacher_stride + column, mask=inside, other=float("-inf"))
-            u = _logit(raw, teacher_factor, teacher_divisor, teacher_softcap, TEACHER_CAPPED) / temperature - shift_t
+            u = _logit(raw, teacher_factor, teacher_divisor, teacher_softcap, TEACHER_FORM)
+            u = _tempered(u, temperature, TEMPERED) - shift_t
             of_teacher = tl.exp(u)
             gradient += on_student * of_student - on_teacher * of_teacher
             dot += of_teacher * (u - z)
         if TEMPERED:
             gradient += on_untempered * tl.exp(logit - untempered_shift)
         gradient = tl.where(column == label, gradient - on_label, gradient)
-        gradient = _through_logit(gradient, logit, factor, divisor, softcap, CAPPED)
+        gradient = _through_logit(gradient, logit, factor, divisor, softcap, FORM)
         tl.store(place, gradient.to(student.dtype.element_ty), mask=inside)
     if TEACHER:
         tl.store(dots + row, tl.sum(dot, axis=0))
@@ -190,7 +219,7 @@ def whole_gradient(
     student, teacher, values, numbers, labels, first, student_stride, teacher_stride, vocabulary,
     factor, divisor, softcap, teacher_factor, teacher_divisor, teacher_softcap, temperature,
     share, log_share, log_rest,
-    CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr, TEMPERED: tl.constexpr, KIND: tl.constexpr,
+    FORM: tl.constexpr, TEACHER_FORM: tl.constexpr, TEMPERED: tl.constexpr, KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Student products into their gradient ``q * (w_clm + w * (slope - sum(q * slope)))``, and values, per row.
@@ -207,18 +236,20 @@ def whole_gradient(
     student += row * student_stride
     teacher += row * teacher_stride
     first_s, first_t = tl.load(student + likeliest), tl.load(teacher + likeliest)
-    first_q = _logit(first_s, factor, divisor, softcap, CAPPED) / temperature - high_s - low_s
-    first_p = _logit(first_t, teacher_factor, teacher_divisor, teacher_softcap, TEACHER_CAPPED) / temperature
-    _unused, origin = _value_and_slope(first_q, first_p - high_t - low_t, share, log_share, log_rest, KIND)
+    first_q = _tempered(_logit(first_s, factor, divisor, softcap, FORM), temperature, TEMPERED) - high_s - low_s
+    first_p = _logit(first_t, teacher_factor, teacher_divisor, teacher_softcap, TEACHER_FORM)
+    first_p = _tempered(first_p, temperature, TEMPERED) - high_t - low_t
+    _unused, origin = _value_and_slope(first_q, first_p, share, log_share, log_rest, KIND)
     value, mean = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for begin in range(0, vocabulary, BLOCK):
         column = begin + tl.arange(0, BLOCK)
         inside = column < vocabulary
         raw_s = tl.load(student + column, mask=inside, other=float("-inf"))
         raw_t = tl.load(teacher + column, mask=inside, other=float("-inf"))
-        log_q = _logit(raw_s, factor, divisor, softcap, CAPPED) / temperature - high_s - low_s
-        log_p = _logit(raw_t, teacher_factor, teacher_divisor, teacher_softcap, TEACHER_CAPPED) / temperature
-        part, slope = _value_and_slope(log_q, log_p - high_t - low_t, share, log_share, log_rest, KIND)
+        log_q = _tempered(_logit(raw_s, factor, divisor, softcap, FORM), temperature, TEMPERED) - high_s - low_s
+        log_p = _logit(raw_t, teacher_factor, teacher_divisor, teacher_softcap, TEACHER_FORM)
+        log_p = _tempered(log_p, temperature, TEMPERED) - high_t - low_t
+        part, slope = _value_and_slope(log_q, log_p, share, log_share, log_rest, KIND)
         value += tl.where(inside, part, 0.0)
         mean += tl.where(inside, tl.exp(log_q) * (slope - origin), 0.0)
     tl.store(values + row, tl.sum(value, axis=0))
@@ -228,13 +259,23 @@ def whole_gradient(
         inside = column < vocabulary
         raw_s = tl.load(student + column, mask=inside, other=float("-inf"))
         raw_t = tl.load(teacher + column, mask=inside, other=float("-inf"))
-        logit = _logit(raw_s, factor, divisor, softcap, CAPPED)
-        log_q = logit / temperature - high_s - low_s
-        log_p = _logit(raw_t, teacher_factor, teacher_divisor, teacher_softcap, TEACHER_CAPPED) / temperature
-        _again, slope = _value_and_slope(log_q, log_p - high_t - low_t, share, log_share, log_rest, KIND)
+        logit = _logit(raw_s, factor, divisor, softcap, FORM)
+        log_q = _tempered(logit, temperature, TEMPERED) - high_s - low_s
+        log_p = _logit(raw_t, teacher_factor, teacher_divisor, teacher_softcap, TEACHER_FORM)
+        log_p = _tempered(log_p, temperature, TEMPERED) - high_t - low_t
+        _again, slope = _value_and_slope(log_q, log_p, share, log_share, log_rest, KIND)
         gradient = tl.exp(log_q) * (w_clm + weight * (slope - origin - middle))
         if TEMPERED:
             gradient += on_untempered * tl.exp(logit - untempered_shift)
         gradient = tl.where(column == label, gradient - on_label, gradient)
-        gradient = _through_logit(gradient, logit, factor, divisor, softcap, CAPPED)
+        gradient = _through_logit(gradient, logit, factor, divisor, softcap, FORM)
         tl.store(student + column, gradient.to(student.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def scale(source, factor, target, count, BLOCK: tl.constexpr):
+    """target = source * factor, of one number `factor`, in the target's precision: one pass."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    value = tl.load(source + place, mask=inside).to(tl.float32) * tl.load(factor).to(tl.float32)
+    tl.store(target + place, value.to(target.dtype.element_ty), mask=inside)

@@ -13,10 +13,10 @@ from torch import Tensor
 class Layout:
     """Valid positions of a (batch, sequence) block and the sequences they belong to.
 
-    valid: int64 (n,), positions with a label, counted over the flattened block, on the host.
+    valid: int64 (n,), positions with a label, counted over the flattened block.
     row_borders: where each row begins among `valid`, and the end (batch + 1 numbers).
-    group: int64 (n,), for each valid position the sequence whose mean tail mass it shares, on the host.
-    groups: how many sequences there are. rows_of_groups: int64 (groups,), for each of them its row, on the host.
+    group: int64 (n,), for each valid position the sequence whose mean tail mass it shares.
+    groups: how many sequences there are. rows_of_groups: int64 (groups,), for each of them its row.
     """
 
     valid: Tensor
@@ -28,6 +28,13 @@ class Layout:
     @property
     def count(self) -> int:
         return len(self.valid)
+
+    def to(self, device: torch.device) -> Layout:
+        """The same with its tensors on a device: copied once, early: a copy waits for all work queued there before."""
+        valid, group, rows = (
+            one.to(device, non_blocking=True) for one in (self.valid, self.group, self.rows_of_groups)
+        )
+        return Layout(valid, self.row_borders, group, self.groups, rows)
 
     def pieces(self, limit: int) -> Iterator[tuple[int, int, bool]]:
         """Runs (start, stop, whole) of valid positions: as many whole rows as fit `limit`, or parts of a longer row."""

@@ -26,7 +26,9 @@ class Side:
 
     @staticmethod
     def of(head: Head, valid: Tensor) -> Side:
-        hidden = head.hidden.detach().flatten(0, -2).index_select(0, valid)
+        hidden = head.hidden.detach().flatten(0, -2)
+        if len(valid) < len(hidden):  # else they are all of them, in order
+            hidden = hidden.index_select(0, valid)
         bias = None if head.bias is None else head.bias.detach().to(hidden.dtype)
         infinite = bias is not None and (bias.device.type != "cpu" or not bool(torch.isfinite(bias).all()))
         return Side(hidden, head.weight.detach().to(hidden.dtype), bias, head.scale, head.softcap, infinite)

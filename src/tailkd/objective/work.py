@@ -25,8 +25,7 @@ class Work:
     labels: Tensor  # (n, 1)
     token_weights: Tensor  # (n, 1), in the wide dtype
     objective: Objective
-    layout: Layout
-    group: Tensor  # layout.group on the device
+    layout: Layout  # on the device
     log_mean: Tensor  # (groups,) log of the mean tail mass, once known
     values: dict[str, Tensor]  # (n,) per position
     gradient: bool
@@ -42,27 +41,26 @@ class Work:
         *,
         gradient: bool,
     ) -> Work:
-        """From sides and layout with labels and token weights (batch, sequence)."""
+        """From sides and layout with labels and token weights (batch, sequence), all on one device."""
         device = labels.device
-        valid = layout.valid.to(device, non_blocking=True)
         wide = wide_dtype(student.hidden)
 
         def zeros(count: int) -> Tensor:
             return torch.zeros(count, dtype=wide, device=device)
 
+        names = (*PARTS, "log_tail_mass")
         ones = torch.ones(layout.count, 1, dtype=wide, device=device)
         if token_weights is not None:
-            ones = token_weights.detach().flatten().index_select(0, valid).to(wide).unsqueeze(1)
+            ones = token_weights.detach().flatten().index_select(0, layout.valid).to(wide).unsqueeze(1)
         return Work(
             student=student,
             teacher=teacher,
-            labels=labels.flatten().index_select(0, valid).unsqueeze(1),
+            labels=labels.flatten().index_select(0, layout.valid).unsqueeze(1),
             token_weights=ones,
             objective=objective,
             layout=layout,
-            group=layout.group.to(device, non_blocking=True),
             log_mean=zeros(layout.groups).fill_(float("nan")),
-            values={name: zeros(layout.count) for name in (*PARTS, "log_tail_mass")},
+            values=dict(zip(names, zeros(len(names) * layout.count).view(len(names), -1), strict=True)),
             gradient=gradient,
         )
 
@@ -95,17 +93,16 @@ class Work:
             self.values[name][place] = value.squeeze(1)
 
     def close_sequences(self, start: int, stop: int) -> None:
-        """log of the mean tail mass of every sequence that has a position between two, from all its positions."""
-        touched = torch.zeros_like(self.log_mean).index_fill_(0, self.group[start:stop], 1.0)
-        log_mass = self.values["log_tail_mass"]
-        top = torch.full_like(self.log_mean, LOW).scatter_reduce_(0, self.group, log_mass, "amax")
-        sums = torch.zeros_like(top).index_add_(0, self.group, (log_mass - top[self.group]).exp())
-        counts = torch.zeros_like(top).index_add_(0, self.group, torch.ones_like(log_mass))
-        self.log_mean = torch.where(touched > 0, top + sums.log() - counts.log(), self.log_mean)
+        """log of the mean tail mass of the sequences between two positions, of which each is there whole."""
+        group, log_mass = self.layout.group[start:stop], self.values["log_tail_mass"][start:stop]
+        top = torch.full_like(self.log_mean, LOW).scatter_reduce_(0, group, log_mass, "amax")
+        sums = torch.zeros_like(top).index_add_(0, group, (log_mass - top[group]).exp())
+        counts = torch.zeros_like(top).index_add_(0, group, torch.ones_like(log_mass))
+        self.log_mean = torch.where(counts > 0, top + sums.log() - counts.log(), self.log_mean)
 
     def tail_weight(self, start: int, stop: int) -> Tensor:
         """beta * tail mass / max(mean tail mass of the sequence, floor), (positions, 1)."""
-        objective, log_mean = self.objective, self.log_mean[self.group[start:stop]]
+        objective, log_mean = self.objective, self.log_mean[self.layout.group[start:stop]]
         if objective.tail_mass_floor > 0:
             log_mean = log_mean.clamp_min(math.log(objective.tail_mass_floor))
         weight = objective.beta * (self.values["log_tail_mass"][start:stop] - log_mean).exp()
@@ -133,10 +130,9 @@ class Work:
         if self.has_head:
             below = (self.log_mean.exp() < self.objective.tail_mass_floor).long()
         elif self.objective.divergence in TOP_K_DIVERGENCES and self.objective.tail_mass_floor > 0:
-            below = torch.zeros_like(below).index_fill_(0, self.group, 1)
-        rows = self.layout.rows_of_groups.to(below.device, non_blocking=True)
+            below = torch.zeros_like(below).index_fill_(0, self.layout.group, 1)
         hit = torch.zeros(len(self.layout.row_borders) - 1, dtype=torch.int64, device=below.device)
-        return hit.index_add_(0, rows, below).clamp_max(1).sum()
+        return hit.index_add_(0, self.layout.rows_of_groups, below).clamp_max(1).sum()
 
 
 def wide_dtype(hidden: Tensor) -> torch.dtype:
