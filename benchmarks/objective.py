@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import shutil
 import statistics
 import subprocess
@@ -156,10 +157,11 @@ def seconds(one: Competitor, case: Case) -> float:
 
 
 def timed(found: list[Competitor], cases: dict[str, tuple[Case, int]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every repeat, the competitors taking turns."""
+    """Seconds of every repeat, the competitors taking turns, each time in another order: a hot card is slower."""
     times: dict[str, list[float]] = {one.name: [] for one in found}
+    order = random.Random(0)
     for _ in range(repeats):
-        for one in found:
+        for one in order.sample(found, len(found)):
             case, scale = cases[one.name]
             times[one.name].append(scale * seconds(one, case))
     return times

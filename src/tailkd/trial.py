@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ from tailkd.models.head import SplitModel
 from tailkd.objective import Head, Objective
 from tailkd.parts import Parts, Say, build, prepare
 from tailkd.recipe import Recipe
+from tailkd.train.checkpoint import Checkpoints, Cursor
 from tailkd.train.optim import build_optimizer
 from tailkd.train.ranks import ALONE
 from tailkd.train.step import Step
 
 TIMED_STEPS, TIMED_SECONDS = 2, 0.5  # at least; steps of milliseconds are repeated until their times tell something
+SAVED_BYTES = 256 << 20  # of a save that is timed
 BLOCK_BYTES = 16 << 20  # of float32 logits
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -37,7 +40,7 @@ def load(recipe: Recipe, say: Say) -> dict[str, Any]:
 
     Returns:
         tokens_per_second: of the timed steps.
-        hours: of all steps and held-out evaluations of the run, at that rate.
+        hours: of all steps and held-out evaluations of the run at that rate, and of its last save.
         peak_bytes: above what the process held before the models; None where the system does not tell.
         teacher_perplexity: over the same held-out tokens with rows that start with a begin token and without;
             None where there is no such token, or no teacher.
@@ -55,7 +58,7 @@ def load(recipe: Recipe, say: Say) -> dict[str, Any]:
     seconds, tokens = _timed_steps(parts, say)
     return {
         "tokens_per_second": tokens / seconds,
-        "hours": (seconds * recipe.steps + _evaluation_seconds(parts)) / 3600,
+        "hours": (seconds * recipe.steps + _evaluation_seconds(parts) + _saving_seconds(parts)) / 3600,
         "peak_bytes": memory.peak_bytes(),
         "teacher_perplexity": _perplexities(parts),
         "dropped_teacher_mass": _dropped(parts),
@@ -143,6 +146,23 @@ def _evaluation_seconds(parts: Parts) -> float:
     between = 0 if every is None else min(recipe.steps - 1, before_the_last // every)
     teacher = 0.0 if parts.teacher is None else seconds(parts.teacher.split)
     return teacher + (2 + between) * seconds(parts.student)  # the student before and after too
+
+
+def _saving_seconds(parts: Parts) -> float:
+    """Of the checkpoint that ends the run, which nothing goes on beside, from a smaller one on the same disk."""
+    place = next(folder for folder in parts.recipe.folder.absolute().parents if folder.is_dir())
+    parameters = list(parts.student.plain.parameters())
+    needed = sum(4 * p.numel() * (3 if p.requires_grad else 1) for p in parameters)  # weights and two moments
+    sample = torch.nn.Embedding(min(needed, SAVED_BYTES) // 4, 1)
+    optimizer = torch.optim.SGD(sample.parameters())
+    with TemporaryDirectory(dir=place) as folder, Checkpoints(Path(folder), identity={}) as checkpoints:
+
+        def save(step: int) -> None:
+            checkpoints.save(sample, optimizer, Cursor(step))
+            checkpoints.wait()
+
+        save(0)  # allocates
+        return _seconds(lambda: save(1)) * needed / sample.weight.nbytes
 
 
 def _heldout_batch(parts: Parts) -> Batch:

@@ -20,10 +20,11 @@ import xxhash
 
 from tailkd.errors import Refusal
 from tailkd.fault import at
+from tailkd.train import disk
 
 FORMAT = 2
 STATE, MANIFEST = "state.json", "manifest.json"
-PIECE = 16 << 20
+PIECE = 4 << 20
 LARGEST_JSON = 64 << 20
 POINTS = (
     *(f"folder:{when}" for when in ("before", "after")),
@@ -67,19 +68,18 @@ def write_file(path: Path, pieces: Iterable[Any]) -> Written:
     digest, size = xxhash.xxh3_128(), 0
     kind = path.stem.split("-")[0]
     at(f"{kind}:before")
-    with path.open("xb", buffering=0) as file:
+    with disk.Writer(path) as file:
         for piece in pieces:
             view = memoryview(piece)
             for start in range(0, len(view), PIECE):
                 part = view[start : start + PIECE]
                 digest.update(part)
-                while part:
-                    part = part[file.write(part) :]
+                file.write(part)
             size += len(view)
             if size == len(view):
                 at(f"{kind}:middle")
         at(f"{kind}:after")
-        os.fsync(file.fileno())
+        file.sync()
     return Written(size, digest.hexdigest())
 
 
@@ -88,7 +88,7 @@ def seal(staged: Path, files: dict[str, Written], state: dict[str, Any]) -> None
     text = json.dumps(state, indent=1).encode()
     files = {**files, STATE: write_file(staged / STATE, [text[: len(text) // 2], text[len(text) // 2 :]])}
     for name, expected in files.items():
-        found = measure(staged / name)
+        found = measure(staged / name, past_cache=True)
         if found != expected:
             raise OSError(errno.EIO, f"{name} reads back as {found}, expected {expected}")
     text = _manifest(FORMAT, files)
@@ -222,11 +222,11 @@ def verified(folder: Path) -> dict[str, Any]:
         raise Damaged(f"{type(error).__name__}: {error}") from error
 
 
-def measure(path: Path) -> Written:
-    """Size and hash of a plain file; a symbolic link is an error."""
+def measure(path: Path, *, past_cache: bool = False) -> Written:
+    """Size and hash of a plain file, from the disk itself or through the cache; a symbolic link is an error."""
     digest, size = xxhash.xxh3_128(), 0
     with _plain(path) as file:
-        while part := file.read(PIECE):
+        for part in disk.pieces(file.fileno(), past_cache=past_cache):
             digest.update(part)
             size += len(part)
     return Written(size, digest.hexdigest())
