@@ -27,8 +27,8 @@ from tailkd.train.optim import build_optimizer
 from tailkd.train.ranks import ALONE
 from tailkd.train.step import Step
 
-TIMED_STEPS, TIMED_SECONDS = 2, 0.5  # at least; steps of milliseconds are repeated until their times tell something
-SAVED_BYTES = 256 << 20  # of a save that is timed
+TIMED_STEPS, TIMED_SECONDS = 2, 2.0  # at least; steps of milliseconds are repeated until their times tell something
+SAVED_BYTES = 1 << 30  # of a save that is timed
 BLOCK_BYTES = 16 << 20  # of float32 logits
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -153,7 +153,7 @@ def _saving_seconds(parts: Parts) -> float:
     place = next(folder for folder in parts.recipe.folder.absolute().parents if folder.is_dir())
     parameters = list(parts.student.plain.parameters())
     needed = sum(4 * p.numel() * (3 if p.requires_grad else 1) for p in parameters)  # weights and two moments
-    sample = torch.nn.Embedding(min(needed, SAVED_BYTES) // 4, 1)
+    sample = torch.nn.Embedding(min(needed, SAVED_BYTES) // 4, 1, device=parts.student.device)
     optimizer = torch.optim.SGD(sample.parameters())
     with TemporaryDirectory(dir=place) as folder, Checkpoints(Path(folder), identity={}) as checkpoints:
 

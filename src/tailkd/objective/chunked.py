@@ -24,7 +24,7 @@ from tailkd.objective.sides import Mixture, Side, teacher_side
 from tailkd.objective.signal import Dense
 from tailkd.objective.work import Work, wide_dtype
 
-CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 6 << 30}
+CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 5 << 30}
 WIDE_SUMS = "dtype_out" in torch.ops.aten.addmm.overloads()  # products of bfloat16 added up in float32 (torch >= 2.8)
 
 
