@@ -12,7 +12,8 @@ from tailkd import recipe_file
 from tailkd.errors import Refusal
 from tailkd.objective import Objective
 from tailkd.objective.settings import DIVERGENCES
-from tailkd.recipe import Divergence, ObjectiveSection, Recipe, seconds_of
+from tailkd.recipe import Divergence, ObjectiveSection, Recipe
+from tailkd.recipe_types import seconds_of
 
 HEAD = """\
 name: stranger

@@ -13,8 +13,9 @@ from tailkd.errors import Refusal
 from tailkd.ledger.parameters import Parameters, count
 from tailkd.models import load, precision, vocabulary
 from tailkd.models.shrink import Cut, cut_student, freeze_embeddings, student_config
-from tailkd.recipe import FromTeacher, Model, Recipe
-from tailkd.recipe import Teacher as TeacherSection
+from tailkd.recipe import Recipe
+from tailkd.recipe_models import FromTeacher, Model
+from tailkd.recipe_models import Teacher as TeacherSection
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from tailkd.models.head import PROJECTIONS, SplitModel
 from tailkd.objective.hidden import Hidden, projections
 from tailkd.pair import Vocabulary
 from tailkd.recipe import Recipe
-from tailkd.recipe import Source as SourceSection
+from tailkd.recipe_data import Source as SourceSection
 from tailkd.teacher.live import LiveTeacher
 from tailkd.train.parallel import place_teacher, shard
 from tailkd.train.ranks import ALONE, Ranks

@@ -1,61 +1,30 @@
-"""Every knob on one page: typed, documented, with units."""
+"""Every knob of a recipe: typed, documented, with units; its models and corpora have pages of their own."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import Field, Tag
 
+from tailkd.recipe_data import Data
+from tailkd.recipe_models import Student, Teacher, Vocabulary
+from tailkd.recipe_types import (
+    MADE_UP,
+    PLAIN,
+    Count,
+    Duration,
+    Either,
+    Fraction,
+    NonNegative,
+    NotNegative,
+    Number,
+    Positive,
+    Section,
+    Share,
+    seconds_of,
+)
 from tailkd.report.record import flattened
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-def _no_truth_value(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("expected a number")
-    return value
-
-
-Number = BeforeValidator(_no_truth_value)
-Positive = Annotated[float, Field(gt=0), Number]
-NotNegative = Annotated[float, Field(ge=0), Number]
-Fraction = Annotated[float, Field(ge=0, le=1), Number]
-Share = Annotated[float, Field(gt=0, lt=1), Number]
-Count = Annotated[int, Field(ge=1), Number]
-NonNegative = Annotated[int, Field(ge=0), Number]
-
-
-def seconds_of(duration: str) -> float:
-    """``"11h30m"`` as 41400.0: days, hours, minutes, seconds, in this order, each with its letter."""
-    found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", duration)
-    total = (
-        sum(int(n or 0) * size for n, size in zip(found.groups(), (86_400, 3_600, 60, 1), strict=True)) if found else 0
-    )
-    if not total:
-        raise ValueError(f"{duration!r} is no duration; expected one such as 11h30m, 45m or 90s")
-    return float(total)
-
-
-def _duration(value: Any) -> str:
-    seconds_of(str(value))
-    return str(value)
-
-
-Duration = Annotated[str, BeforeValidator(_duration)]
-
-
-def _either(value: Any) -> str:
-    return PLAIN if isinstance(value, int | float | str | None) else MADE_UP
-
-
-PLAIN, MADE_UP = "(plain)", "(made up)"
-Either = Discriminator(_either)
-"""Between a plain value and a list or section; its tags are no part of a key."""
 
 Divergence = Literal[
     "none",
@@ -69,106 +38,6 @@ Divergence = Literal[
     "decoupled_kd",
     "ghost_token_kl",
 ]
-
-
-class Model(Section):
-    model: str | None = None
-    """Folder written by save_pretrained, or a hub id."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    remote_code: bool = False
-    """Run code from the model's repository; needs a 40-digit commit hash as `revision`."""
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
-    """Attention implementation of transformers."""
-
-
-class Teacher(Model):
-    config: str | None = None
-    """Instead of `model`, for the ledger alone: a configuration (config.json or its folder)."""
-    gguf_file: str | None = None
-    """A GGUF file in the folder or repository `model`: its weights, dequantised (extra `gguf`)."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the teacher's weights; auto is that of the run's products."""
-    sharded: bool = False
-    """On many processes: its weights split among them, instead of a copy in each."""
-
-
-class FromTeacher(Section):
-    """Sizes that are null are the teacher's; the number of query heads always is."""
-
-    layers: Count | None = None
-    """Transformer blocks."""
-    hidden_size: Count | None = None
-    """Width of the hidden states."""
-    intermediate_size: Count | None = None
-    """Width inside the MLP."""
-    head_dim: Count | None = None
-    """Width of an attention head."""
-    kv_heads: Count | None = None
-    """Key and value heads."""
-    layer_choice: Annotated[
-        Annotated[Literal["even"], Tag(PLAIN)] | Annotated[tuple[NonNegative, ...], Tag(MADE_UP)], Either
-    ] = "even"
-    """The teacher's blocks that are taken: evenly spread, first and last among them, or their numbers."""
-    attention: Literal["prefix", "rope", "random"] = "prefix"
-    """Attention weights: the first entries of each head (the paper's), or those of matching rotary frequencies."""
-    mlp: Literal["random", "copy"] = "random"
-    """MLP weights: N(0, 0.02), or the teacher's (first entries)."""
-    embeddings: Literal["copy", "slice", "random"] = "copy"
-    """Embeddings and untied head: the teacher's, its first columns, or N(0, 0.02)."""
-    freeze_embeddings: bool = False
-    """Leave the embeddings (and a head tied to them) as they are."""
-    tie_word_embeddings: bool | None = None
-    """Whether the head is the input embeddings; null as the teacher."""
-    rescale: bool = False
-    """Scale what is cut by sqrt(teacher's width / student's)."""
-    seed: Annotated[int, Field(ge=0, lt=2**63), Number] = 0
-    """Of the random weights."""
-
-
-class Student(Model):
-    from_teacher: FromTeacher | None = None
-    """A student cut out of its teacher, instead of `model`."""
-
-
-class Vocabulary(Section):
-    fold: dict[int, int] = {}
-    """Teacher ids whose probability is added to another id's, such as an end token that the student does not have."""
-
-
-class Source(Section):
-    path: str | None = None
-    """A file (JSONL, parquet, text; .gz too), a folder of such files, or a glob."""
-    hub: str | None = None
-    """A data set id on the hub, instead of `path`."""
-    config: str | None = None
-    """Configuration of the hub data set."""
-    split: str = "train"
-    """Split of the hub data set."""
-    revision: str | None = None
-    """Revision of the hub data set."""
-    text: str = "text"
-    """The field that holds the text, in JSONL, parquet and hub data sets."""
-
-
-class HeldOut(Source):
-    fraction: Share | None = None
-    """Share of the training documents held out, by content hash; instead of an own `path` or `hub`."""
-
-
-class Data(Section):
-    train: Source
-    """The corpus."""
-    heldout: HeldOut = HeldOut(fraction=0.1)
-    """What is evaluated and never trained on."""
-    context: Count = 2048
-    """Tokens in a row."""
-    bos: Literal["auto", "always", "never"] = "auto"
-    """A begin token at each row's start; auto does what the tokenizer does."""
-    store: str | None = None
-    """Folder for prepared token files; null is ~/.cache/tailkd."""
-    max_bad: Fraction = 0.001
-    """Share of records that may be unusable (skipped and counted) before the corpus is refused."""
 
 
 class Hidden(Section):

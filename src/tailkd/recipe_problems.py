@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from tailkd.errors import Refusal
-from tailkd.recipe import MADE_UP, PLAIN, Recipe, Section
+from tailkd.recipe import Recipe
+from tailkd.recipe_types import MADE_UP, PLAIN, Section
 
 
 class Problem:

@@ -6,7 +6,9 @@ import glob
 import re
 from pathlib import Path
 
-from tailkd.recipe import READERS, HeldOut, MatchFlops, Model, Recipe
+from tailkd.recipe import READERS, MatchFlops, Recipe
+from tailkd.recipe_data import HeldOut
+from tailkd.recipe_models import Model
 
 Problems = list[tuple[str, str]]
 
