@@ -2,7 +2,8 @@
 
 The floor is the teacher's backbone forward, the student's backbone forward and backward, the four bare products of the
 loss and a bare AdamW, nothing else. Run: python benchmarks/step.py [--shape cpu|qwen|gemma] [--dtype bfloat16]
-[--compile] [--rows 8] [--repeats 5] [--profile FILE]. Appends rows to benchmarks/results/step.jsonl.
+[--compile] [--rows 8] [--repeats 5] [--profile FILE]. Appends rows to benchmarks/results/step.jsonl;
+--table writes them into docs/performance.md.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import datetime
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -33,9 +35,13 @@ from tailkd.teacher.live import LiveTeacher
 from tailkd.train.optim import build_optimizer
 from tailkd.train.step import Step
 
-RESULTS = Path(__file__).parent / "results" / "step.jsonl"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "step.jsonl"
+PAGE = ROOT / "docs" / "performance.md"
+MARKS = ("<!-- steps: begin, written by benchmarks/step.py --table -->", "<!-- steps: end -->")
 FLOOR = "floor"
 OPTIMIZER: dict[str, Any] = {"learning_rate": 1e-5, "betas": (0.9, 0.95), "weight_decay": 0.1}
+COMMIT = ["git", "rev-parse", "--short", "HEAD"]
 MATRIX = {"cpu": 2048, "cuda": 8192}  # of the product that tells what the device can do
 PER_MILLION = 1e9  # operations per token in a PFLOP per million tokens
 
@@ -221,6 +227,43 @@ def profiled(work: Callable[[], None], path: Path) -> None:
     path.write_text(found.key_averages().table(sort_by=column, row_limit=15, max_name_column_width=70))
 
 
+def write_table() -> None:
+    """Put the newest rows of each shape, precision, way and device between the two marks of the page."""
+    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    keys = ("shape", "rows", "context", "dtype", "compile", "checkpointing", "device")
+    newest: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        group = newest.setdefault(tuple(row[key] for key in keys), [])
+        if group and group[-1]["run"] != row["run"]:
+            group.clear()
+        group.append(row)
+    text = PAGE.read_text(encoding="utf-8")
+    before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
+    lines = [line for group in newest.values() for line in section(group)]
+    PAGE.write_text(before + "\n".join([MARKS[0], "", *lines, MARKS[1]]) + after, encoding="utf-8")
+
+
+def section(rows: list[Row]) -> list[str]:
+    about = rows[0]
+    way = ", blocks compiled" * about["compile"] + ", activations checkpointed" * about["checkpointing"]
+    size = f"{about['rows']} x {about['context']:,} tokens, {about['dtype']}"
+    versions = f"torch {about['torch']}, python {about['python']}, commit {about['commit']}"
+    lines = [
+        f"### {about['shape']}: {size}{way}, {about['device']}",
+        "",
+        f"{versions}; {about['repeats']} repeats; a large product reaches {about['matrix_peak'] / 1e12:,.2f} TFLOP/s.",
+        "",
+        "| | p20 s | p50 s | p80 s | x floor | tokens/s | of the peak | peak GB | bill GB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [row["what"], *(f"{row[name]:.4g}" for name in ("p20_s", "p50_s", "p80_s")), f"{row['ratio']:.2f}"]
+        cells += [f"{row['tokens_per_second']:,.0f}", f"{row['utilisation']:.1%}"]
+        cells += ["–" if row[name] is None else f"{row[name] / 1e9:.2f}" for name in ("peak_bytes", "predicted_bytes")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", choices=SHAPES, default="cpu")
@@ -231,7 +274,10 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing of the student")
     parser.add_argument("--profile", type=Path, help="write the 15 longest kernels of a step of TAD here")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="write the rows into the page, measure nothing")
     arguments = parser.parse_args(words)
+    if arguments.table:
+        return write_table()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and arguments.shape in ("qwen", "gemma"):
         sys.exit(f"the shape {arguments.shape} wants a GPU, and there is none")
@@ -244,6 +290,7 @@ def main(words: list[str] | None = None) -> None:
         "context": bench.shape.context,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
+        "commit": subprocess.run(COMMIT, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip(),
         "python": platform.python_version(),
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -254,6 +301,7 @@ def main(words: list[str] | None = None) -> None:
         print(spoken(row), flush=True)
     if arguments.profile:
         profiled(bench.ours(Objective()), arguments.profile)
+    return None
 
 
 def spoken(row: Row) -> str:

@@ -21,15 +21,20 @@ FIGURES = ("p20_s", "p50_s", "p80_s", "ratio", "peak_bytes", "error_hidden", "er
 ABOUT = ("run", "device", "card", "processor", "python", "torch", "trl", "liger_kernel", "cut_cross_entropy", "commit")
 
 
-@pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("objective_benchmark", SCRIPT)
+def loaded(script: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(script.parent))
+    spec = importlib.util.spec_from_file_location(f"{script.stem}_benchmark", script)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return loaded(SCRIPT, monkeypatch)
 
 
 def row(what: str, run: str, **other: Any) -> dict[str, Any]:
@@ -118,3 +123,23 @@ def test_a_wrong_loss_is_not_timed(benchmark: ModuleType) -> None:
     case = benchmark.Case.drawn(benchmark.SHAPES["tiny"], torch.float32, torch.device("cpu"))
     with pytest.raises(AssertionError, match="tailkd none is wrong by"):
         benchmark.gate(case, {"tailkd none": (1e-7, 3e-3)})
+
+
+def test_a_whole_step_beside_its_floor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    step = loaded(SCRIPT.with_name("step.py"), monkeypatch)
+    monkeypatch.setattr(step, "RESULTS", tmp_path / "step.jsonl")
+    monkeypatch.setattr(step, "PAGE", tmp_path / "page.md")
+    step.PAGE.write_text("before\n" + "\n".join(step.MARKS) + "\nafter\n")
+    step.MATRIX["cpu"] = 64
+    options = ["--shape", "tiny", "--repeats", "1", "--checkpointing", "--out", str(step.RESULTS)]
+    step.main([*options, "--profile", str(tmp_path / "profile.txt")])
+    rows = [json.loads(line) for line in step.RESULTS.read_text().splitlines()]
+    assert [row["what"] for row in rows] == ["floor", "tailkd tail_aware", "tailkd forward_kl"]
+    assert all(row["tokens_per_second"] > 0 and row["utilisation"] > 0 for row in rows)
+    assert "aten::" in (tmp_path / "profile.txt").read_text()
+    step.main(["--table"])
+    page = step.PAGE.read_text()
+    assert page.startswith("before\n")
+    assert page.endswith("after\n")
+    assert "| tailkd tail_aware |" in page
+    assert "activations checkpointed" in page
