@@ -414,6 +414,41 @@ MUTANTS = (
         "if True:",
         "tests/faults/test_f33_out_of_memory.py",
     ),
+    Mutant(
+        "any bracket is as good as another",
+        "evaluate/mathematics/equality.py",
+        "if len(brackets) > 1:",
+        "if len(brackets) > 2:",
+        "tests/evaluate",
+    ),
+    Mutant(
+        "percent and fractions are strangers",
+        "evaluate/mathematics/equality.py",
+        "(1.0, 0.01, 100.0)",
+        "(1.0,)",
+        "tests/evaluate",
+    ),
+    Mutant(
+        "a judge that hangs is asked again",
+        "evaluate/mathematics/judge.py",
+        "        if answer is None:\n            self.close()\n",
+        "        if answer is None:\n",
+        "tests/evaluate",
+    ),
+    Mutant(
+        "a torn sample stays in the log",
+        "evaluate/mathematics/scoring.py",
+        "        os.truncate(path, path.stat().st_size - len(torn))",
+        "        pass",
+        "tests/evaluate",
+    ),
+    Mutant(
+        "the first box, not the last",
+        "evaluate/mathematics/extraction.py",
+        'text.rpartition("boxed")',
+        'text.partition("boxed")',
+        "tests/evaluate",
+    ),
 )
 
 
