@@ -94,12 +94,12 @@ def on_call(number: int, action: Callable[[], None]) -> Callable[..., Any]:
     """A forward pass for `SplitModel.__call__` that acts before its `number`-th call (teacher and student count)."""
     real, calls = SplitModel.__call__, 0
 
-    def call(split: SplitModel, input_ids: torch.Tensor) -> Any:
+    def call(split: SplitModel, *inputs: torch.Tensor) -> Any:
         nonlocal calls
         calls += 1
         if calls == number:
             action()
-        return real(split, input_ids)
+        return real(split, *inputs)
 
     return call
 

@@ -44,6 +44,18 @@ def test_an_alternative_takes_the_place_of_the_other(base: Path) -> None:
     assert read.training.learning_rate == recipe_file.read(base).training.learning_rate
 
 
+def test_another_form_of_documents_takes_the_place_of_the_one_below(base: Path) -> None:
+    child(base, "data: {train: {prompt: q, completion: a, template: chat}}\n", "pairs.yaml")
+    pairs = recipe_file.read(base.with_name("pairs.yaml")).data.train
+    assert "text" not in pairs.model_fields_set
+    chats = base.with_name("chats.yaml")
+    chats.write_text("extends: pairs.yaml\ndata: {train: {messages: m}}\n")
+    assert recipe_file.read(chats).data.train.prompt is None
+    texts = base.with_name("texts.yaml")
+    texts.write_text("extends: chats.yaml\ndata: {train: {text: body}}\n")
+    assert recipe_file.read(texts) == recipe_file.read(base)
+
+
 def test_problems_name_the_file_they_stand_in(base: Path) -> None:
     path = child(base, "training: {batch_size: many}\n")
     base.write_text(base.read_text().replace("seed: 3", "sead: 3"))

@@ -39,3 +39,31 @@ def test_a_pretrained_student_of_itself_has_nothing_to_learn_from_the_teacher(tm
     assert after["cross_entropy"] == pytest.approx(teacher["cross_entropy"], abs=1e-2)
     assert teacher["cross_entropy"] < 4.5  # 512 ids: a model that knows nothing has 6.2
     assert run.samples["student"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["rows", "documents"])
+def test_a_pretrained_student_learns_answers(packing: str, tmp_path: Path) -> None:
+    """GSM8K's training questions and answers, straight from their packed file, by a recipe of two keys more."""
+    run = tailkd.distill(
+        {
+            "name": packing,
+            "out": str(tmp_path / "run"),
+            "teacher": {"model": str(MODEL)},
+            "student": {"model": str(MODEL)},
+            "data": {
+                "train": {"path": str(TEXT), "prompt": "question", "completion": "answer"},
+                "heldout": {"fraction": 0.01},
+                "packing": packing,
+                "context": 256,
+                "store": str(tmp_path / "store"),
+            },
+            "training": {"tokens": 30_000, "batch_size": 8, "learning_rate": 1e-3},
+            "evaluate": {"tokens": 4_000},
+        }
+    )
+    before, after = (run.evaluation[role] for role in ("student_before", "student"))
+    assert run.data["train"]["documents"] + run.data["heldout"]["documents"] == 7_473
+    assert (run.data["train"]["cut"] > 0) == (packing == "documents")
+    assert before["kl"] == pytest.approx(0, abs=1e-5)
+    assert after["cross_entropy"] < before["cross_entropy"] - 0.2

@@ -149,6 +149,26 @@ CASES = {
         HEAD.replace("path: CORPUS", "path: CORPUS, hub: a/b"),
         ["line 6: data.train: expected one of path or hub; came path, hub"],
     ),
+    "two forms of documents": (
+        HEAD.replace("path: CORPUS", "path: CORPUS, text: body, prompt: q, completion: a, messages: m"),
+        ["line 6: data.train: expected text, or prompt and completion, or messages; came text, prompt and completion"],
+    ),
+    "a prompt without its completion": (
+        HEAD.replace("path: CORPUS", "path: CORPUS, prompt: q"),
+        ["line 6: data.train.prompt: needs completion beside it, the name of its field"],
+    ),
+    "a template for nothing": (
+        HEAD.replace("path: CORPUS", "path: CORPUS, messages: m, template: chat"),
+        ["line 6: data.train.template: is for prompt and completion alone"],
+    ),
+    "a template without its fields": (
+        HEAD.replace("path: CORPUS", "path: CORPUS, prompt: q, completion: a, template: 'Q: {question}'"),
+        ["data.train.template: expected 'chat' or a text with {prompt} and then {completion}, each once", "{question}"],
+    ),
+    "unknown packing": (
+        HEAD.replace("path: CORPUS}", "path: CORPUS}\n  packing: document"),
+        ["line 7: data.packing: expected 'rows' or 'documents'; came 'document'; did you mean 'documents'?"],
+    ),
     "interval beyond the run": (
         HEAD + "  save_every_tokens: 70_000\n",
         ["line 9: training.save_every_tokens: 70,000 is beyond training.tokens = 60,000"],
@@ -170,6 +190,20 @@ def test_bad_recipes_are_refused_with_line_and_key(name: str, tmp_path: Path) ->
     message = refusal(tmp_path, text)
     for part in expected:
         assert part in message, message
+
+
+def test_supervised_keys(tmp_path: Path) -> None:
+    """What is resolved reads the same, and names no field that is not read."""
+    for form in ("prompt: q, completion: a, template: chat", "messages: m"):
+        text = HEAD.replace("path: CORPUS}", f"path: CORPUS, {form}}}\n  packing: documents")
+        recipe = recipe_file.read(write(tmp_path, text))
+        recipe_file.write(recipe, tmp_path / "resolved.yaml")
+        resolved = YAML(typ="safe").load(tmp_path / "resolved.yaml")["data"]
+        assert resolved["packing"] == "documents"
+        assert "text" not in resolved["train"]
+        assert "text" in resolved["heldout"]
+        assert recipe_file.read(tmp_path / "resolved.yaml") == recipe
+        assert {"data.packing", "data.train.prompt", "data.train.template"} < recipe.identity().keys()
 
 
 def test_other_encodings_and_missing_files(tmp_path: Path) -> None:

@@ -95,10 +95,10 @@ def test_an_interrupted_sweep_goes_on_by_the_same_command(
     arguments = ("sweep", recipe_path, "training.seed=1,2", "training.tokens=1152", "--out", out)
     forward, second = SplitModel.__call__, out / "pair-seed=2"
 
-    def stopped(split: SplitModel, input_ids: torch.Tensor) -> Any:
+    def stopped(split: SplitModel, *inputs: torch.Tensor) -> Any:
         if len(running.records(second)) == 5:
             running.send(signal.SIGTERM)()
-        return forward(split, input_ids)
+        return forward(split, *inputs)
 
     with monkeypatch.context() as patch:
         patch.setattr(SplitModel, "__call__", stopped)

@@ -8,20 +8,24 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from tailkd import folder, pair
 from tailkd.bill import bill, settled
 from tailkd.data import tokens
+from tailkd.data.chat import Encoded
 from tailkd.data.corpus import BadRecords, Document, Source
+from tailkd.data.packing import IGNORED, Rows
 from tailkd.errors import Refusal
 from tailkd.pair import Vocabulary
-from tailkd.parts import check_saved_tokenizer, source
+from tailkd.parts import check_saved_tokenizer, packed, source, told_cut
 from tailkd.recipe import Recipe
 from tailkd.recipe_problems import Problem, RecipeRefusal
 from tailkd.report.record import Run
 
 T = TypeVar("T")
 SAMPLE, SHOWN = 1000, 2  # documents that are looked at, rows that are shown
-BORDER = " ⏐ "
+BORDER, LEARNED = " ⏐ ", ("⟦", "⟧")
 
 
 def check(recipe: Recipe, refused: RecipeRefusal | None = None) -> dict[str, Any]:
@@ -86,18 +90,32 @@ def _corpus(recipe: Recipe, shared: Vocabulary) -> dict[str, Any]:
     sample = list(islice(documents, SAMPLE))
     tokens.refuse_bad(bad, len(sample), recipe.data.max_bad, corpus)
     check_saved_tokenizer(recipe, shared, corpus)
-    texts = [document.text for document in sample]
-    ids = shared.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    counted = sum(len(document) + 1 for document in ids)
+    encoded = [
+        (document, ids)
+        for document, ids in zip(sample, tokens.encode(shared.tokenizer, sample), strict=True)
+        if _usable(document, ids, bad)
+    ]
+    tokens.refuse_bad(bad, len(encoded), recipe.data.max_bad, corpus)
+    store = tokens.held([ids for _, ids in encoded])
+    rows = packed(recipe, shared, store, np.arange(len(encoded)))
+    learned = rows.tokens if store.loss is None else int(store.loss.sum())
     return {
-        "sampled_documents": len(sample),
-        "sampled_tokens": counted,
-        "tokens": counted if len(sample) < SAMPLE else _estimated(corpus, sample, counted),
+        "sampled_documents": len(encoded),
+        "sampled_tokens": rows.tokens,
+        "sampled_tokens_learned": learned,
+        "tokens": rows.tokens if len(sample) < SAMPLE else _estimated(corpus, sample, rows.tokens),
         "exact": len(sample) < SAMPLE,
+        "longer_than_context": told_cut(rows) if rows.cut or rows.dropped else None,
         "bad_records": bad.counts,
         "bad_records_named": bad.named,
-        "rows": _rows(recipe, shared, ids),
+        "rows": [_shown(rows, number, shared.tokenizer) for number in range(min(SHOWN, len(rows)))],
     }
+
+
+def _usable(document: Document, encoded: Encoded, bad: BadRecords) -> bool:
+    if encoded.unusable is not None:
+        bad.add(document.id, *encoded.unusable)
+    return encoded.unusable is None
 
 
 def _estimated(corpus: Source, sample: list[Document], counted: int) -> int | None:
@@ -108,18 +126,35 @@ def _estimated(corpus: Source, sample: list[Document], counted: int) -> int | No
     return round(counted / letters * sum(path.stat().st_size for path in corpus.files()))
 
 
-def _rows(recipe: Recipe, shared: Vocabulary, ids: list[list[int]]) -> list[str]:
-    """The first rows as the models read them, with borders between documents; every token of them is learned."""
-    end, run = shared.tokenizer.eos_token_id, []
-    for document in ids:
-        run += [*document, end]
-        if len(run) >= SHOWN * recipe.data.context:
-            break
-    begin = [] if shared.begin is None else [shared.begin]
-    width = recipe.data.context
-    rows = [begin + run[at : at + width - len(begin)] for at in range(0, min(len(run), SHOWN * width), width)]
-    mark = shared.tokenizer.decode([end])
-    return [shared.tokenizer.decode(row).replace(mark, mark + BORDER) for row in rows]
+def _shown(rows: Rows, number: int, tokenizer: Any) -> str:
+    """A row as the models read it, borders between its documents; where not all of it is learned, what is in marks."""
+    row = rows[number]
+    if row.positions is None:
+        filled = min(rows.context, rows.predicted - number * rows.context)
+        changes = np.flatnonzero(np.diff(row.segments[:filled])) + 1
+        learned = np.concatenate([[False], row.labels[: filled - 1] != IGNORED])
+        pieces = list(zip(np.split(row.input_ids[:filled], changes), np.split(learned, changes), strict=True))
+    else:
+        places = np.split(np.arange(rows.context), np.flatnonzero(np.diff(row.segments)) + 1)
+        labelled = [place for place in places if (row.labels[place] != IGNORED).any()]
+        pieces = [
+            (
+                np.concatenate([row.input_ids[place], row.labels[place[-1:]]]),
+                np.concatenate([[False], row.labels[place] != IGNORED]),
+            )
+            for place in labelled
+        ]
+    marks = ("", "") if rows.store.loss is None else LEARNED
+    return BORDER.join(_marked(ids, learned, marks, tokenizer) for ids, learned in pieces)
+
+
+def _marked(ids: np.ndarray, learned: np.ndarray, marks: tuple[str, str], tokenizer: Any) -> str:
+    if not any(marks):
+        return tokenizer.decode(ids)
+    changes = np.flatnonzero(np.diff(learned)) + 1
+    runs = zip(np.split(ids, changes), np.split(learned, changes), strict=True)
+    texts = [(tokenizer.decode(run), bool(flags[0])) for run, flags in runs]
+    return "".join(f"{marks[0]}{text}{marks[1]}" if is_learned else text for text, is_learned in texts)
 
 
 def _licences(recipe: Recipe) -> dict[str, str | None]:

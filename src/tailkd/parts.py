@@ -18,6 +18,7 @@ from tailkd import folder, pair
 from tailkd.data import packing, tokens
 from tailkd.data.batches import evaluation_batches, rows_per_rank
 from tailkd.data.corpus import BadRecords, Source
+from tailkd.data.documents import DocumentRows
 from tailkd.data.packing import Rows
 from tailkd.errors import Refusal
 from tailkd.evaluate.heldout import HeldOut
@@ -55,16 +56,25 @@ class Parts:
         digest = xxhash.xxh3_128()
         for rows in (self.train_rows, self.heldout_rows):
             digest.update(rows.store.hashes[rows.documents].tobytes())
-            digest.update(str(rows.store.manifest["made_of"]["tokenizer"]).encode())
+            made_of = rows.store.manifest["made_of"]
+            digest.update(str(made_of["tokenizer"]).encode())
+            if "rules" in made_of:
+                digest.update(str((made_of["rules"], made_of["chat"])).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
     @property
     def data(self) -> dict[str, Any]:
-        """What the corpus gave: documents and tokens on both sides of the split, and what was skipped."""
+        """What the corpus gave: documents and tokens on both sides of the split, and what was skipped.
+
+        cut, dropped: of the documents, examples longer than a row; see `tailkd.data.documents.DocumentRows`.
+        """
+        sides = {"train": self.train_rows, "heldout": self.heldout_rows}
         stores = {rows.store.folder: rows.store.manifest for rows in (self.train_rows, self.heldout_rows)}
         return {
-            "train": {"documents": len(self.train_rows.documents), "tokens": self.train_rows.tokens},
-            "heldout": {"documents": len(self.heldout_rows.documents), "tokens": self.heldout_rows.tokens},
+            **{
+                side: {"documents": len(r.documents), "tokens": r.tokens, "cut": r.cut, "dropped": r.dropped}
+                for side, r in sides.items()
+            },
             "skipped": sum((Counter(manifest["skipped"]) for manifest in stores.values()), Counter()),
             "skipped_named": [name for manifest in stores.values() for name in manifest["skipped_named"]],
         }
@@ -81,6 +91,7 @@ def build(recipe: Recipe, say: Say, *, student: str | None = None, ranks: Ranks 
     device = ranks.device
     rows_per_rank(recipe.training.batch_size, ranks.world)
     dtype = precision.resolve(recipe.training.precision, device)
+    apart = recipe.data.packing == "documents"
     pair.refuse_device(recipe, device)
     shared = pair.read_vocabulary(recipe)
     folder.refuse_small_disk(recipe.folder, _run_bytes(recipe))
@@ -91,12 +102,16 @@ def build(recipe: Recipe, say: Say, *, student: str | None = None, ranks: Ranks 
     student_model = pair.load_student(recipe, teacher_model, device, student)
     hidden = _hidden(recipe, student_model, teacher_model)
     split = SplitModel(student_model, usable=shared.usable, compute_dtype=dtype).prove()
+    if apart:
+        split.prove_documents()
     split.model = shard(split.model, ranks, recipe.training.strategy)
     teacher = None
     if teacher_model is not None:
         placed = place_teacher(teacher_model, ranks, sharded=sharded)
         fold = recipe.vocabulary.fold
         teacher = LiveTeacher(placed, usable=shared.usable, compute_dtype=dtype, fold=fold)
+        if apart:
+            teacher.split.prove_documents()
     return Parts(recipe, shared.tokenizer, split, teacher, train_rows, heldout_rows, hidden, ranks)
 
 
@@ -138,8 +153,7 @@ def prepare(recipe: Recipe, shared: Vocabulary, say: Say) -> tuple[Rows, Rows]:
         )
 
     def rows(of: tokens.TokenStore, documents: np.ndarray) -> Rows:
-        end = shared.tokenizer.eos_token_id
-        return Rows(of, documents, context=data.context, begin=shared.begin, end=end)
+        return packed(recipe, shared, of, documents)
 
     corpus_store = store(corpus)
     if own:
@@ -155,10 +169,29 @@ def prepare(recipe: Recipe, shared: Vocabulary, say: Say) -> tuple[Rows, Rows]:
         f"data: {len(training):,} documents, {train_rows.tokens:,} tokens to train on; "
         f"{len(heldout):,} documents, {heldout_rows.tokens:,} tokens held out"
     )
+    for side in (train_rows, heldout_rows):
+        if side.cut or side.dropped:
+            say(f"data: {told_cut(side)}")
     skipped = corpus_store.manifest["skipped"]
     if skipped:
         say("data: skipped " + ", ".join(f"{count:,} records: {reason}" for reason, count in skipped.items()))
     return train_rows, heldout_rows
+
+
+def packed(recipe: Recipe, shared: Vocabulary, store: tokens.TokenStore, documents: np.ndarray) -> Rows:
+    """Documents of a store in rows, as the recipe packs them."""
+    kind = DocumentRows if recipe.data.packing == "documents" else Rows
+    end = shared.tokenizer.eos_token_id
+    return kind(store, documents, context=recipe.data.context, begin=shared.begin, end=end)
+
+
+def told_cut(rows: Rows) -> str:
+    """What became of the examples that are longer than a row."""
+    return (
+        f"{rows.cut + rows.dropped:,} of {len(rows.documents):,} examples are longer than data.context = "
+        f"{rows.context:,}: {rows.cut:,} lost the left of their prompt, {rows.dropped:,} without room for a whole "
+        "answer are left out"
+    )
 
 
 def source(section: SourceSection) -> Source:
@@ -177,9 +210,10 @@ def check_saved_tokenizer(recipe: Recipe, shared: Vocabulary, corpus: Source) ->
 def _refuse_split(train_rows: Rows, heldout_rows: Rows) -> None:
     for name, rows in (("train on", train_rows), ("hold out", heldout_rows)):
         if rows.predicted < 1:
+            dropped = f" ({told_cut(rows)})" if rows.dropped else ""
             raise Refusal(
-                f"no token is left to {name}: {len(rows.documents):,} documents with {rows.tokens:,} tokens; give more "
-                "text, or documents that are not all held out as well"
+                f"no token is left to {name}: {len(rows.documents):,} documents with {rows.tokens:,} tokens{dropped}; "
+                "give more text, a longer context, or documents that are not all held out as well"
             )
     if heldout_rows.store is not train_rows.store and heldout_rows.tokens > train_rows.tokens:
         raise Refusal(

@@ -188,10 +188,13 @@ class Recipe(Section):
         return self.training.tokens
 
     def resolved(self) -> dict[str, Any]:
-        """Every key with its value, without those that this objective does not read."""
+        """Every key with its value, without those that this objective or corpus does not read."""
         values = self.model_dump(mode="json")
         unread = [k for k, readers in READERS.items() if self.objective.divergence not in readers]
         values["objective"] = {k: v for k, v in values["objective"].items() if k not in unread}
+        for corpus in (values["data"]["train"], values["data"]["heldout"]):
+            if corpus["prompt"] or corpus["messages"]:
+                del corpus["text"]
         return values
 
     def identity(self) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import AfterValidator
+
+from tailkd.data.chat import check_template
 from tailkd.recipe_types import Count, Fraction, Section, Share
 
 
@@ -20,6 +23,16 @@ class Source(Section):
     """Revision of the hub data set."""
     text: str = "text"
     """The field that holds the text, in JSONL, parquet and hub data sets."""
+    prompt: str | None = None
+    """With `completion`, instead of `text`: the field that holds what is asked; it is read and not learned."""
+    completion: str | None = None
+    """The field that holds the answer; it and the end token after it are learned."""
+    template: Annotated[str, AfterValidator(check_template)] | None = None
+    """How prompt and completion become a text: one with {prompt} and {completion}, or chat, the student's chat
+    template; null is "Question: {prompt}\\nAnswer: {completion}"."""
+    messages: str | None = None
+    """Instead of `text`: the field that holds chat messages, a list of {role, content}, for the student's chat
+    template; the assistant's are learned, each with its end token."""
 
 
 class HeldOut(Source):
@@ -34,8 +47,12 @@ class Data(Section):
     """What is evaluated and never trained on."""
     context: Count = 2048
     """Tokens in a row."""
+    packing: Literal["rows", "documents"] = "rows"
+    """rows: one run of tokens, cut every `context`; documents: whole documents side by side, with attention, positions
+    and the mean tail mass inside each."""
     bos: Literal["auto", "always", "never"] = "auto"
-    """A begin token at each row's start; auto does what the tokenizer does."""
+    """A begin token at each row's start, or each document's where they are packed whole; auto does what the tokenizer
+    does."""
     store: str | None = None
     """Folder for prepared token files; null is ~/.cache/tailkd."""
     max_bad: Fraction = 0.001

@@ -12,6 +12,11 @@ ALTERNATIVES = (
     ("training", ("tokens", "flops", "hours")),
     ("data.train", ("path", "hub")),
     ("data.heldout", ("path", "hub", "fraction")),
+    *(
+        (section, ("text", one, "messages"))
+        for section in ("data.train", "data.heldout")
+        for one in ("prompt", "completion", "template")
+    ),
 )
 """Keys of a section of which one is given: a new one takes the place of the one below."""
 

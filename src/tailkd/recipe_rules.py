@@ -62,6 +62,25 @@ def _alternatives(recipe: Recipe) -> Problems:
     return problems
 
 
+FORMS = "expected text, or prompt and completion, or messages"
+
+
+def _forms(recipe: Recipe) -> Problems:
+    problems = []
+    for key, source in (("data.train", recipe.data.train), ("data.heldout", recipe.data.heldout)):
+        asked, chats = source.prompt or source.completion, source.messages
+        forms = {"text": "text" in source.model_fields_set, "prompt and completion": asked, "messages": chats}
+        named = [name for name, given in forms.items() if given]
+        if len(named) > 1:
+            problems.append((key, f"{FORMS}; came {', '.join(named)}"))
+        for name, other in (("prompt", "completion"), ("completion", "prompt")):
+            if getattr(source, name) and not getattr(source, other):
+                problems.append((f"{key}.{name}", f"needs {other} beside it, the name of its field"))
+        if source.template and not asked:
+            problems.append((f"{key}.template", "is for prompt and completion alone; remove it, or name their fields"))
+    return problems
+
+
 def _hours(recipe: Recipe) -> Problems:
     if recipe.training.hours is None or recipe.hardware.peak_flops is not None:
         return []
@@ -157,7 +176,7 @@ def _models(recipe: Recipe) -> list[tuple[str, Model]]:
     return [(role, m) for role, m in (("teacher", recipe.teacher), ("student", recipe.student)) if m is not None]
 
 
-RULES = (_unread_keys, _teacher_needed, _alternatives, _hours, _remote_code, _intervals, _split, _other_recipe)
+RULES = (_unread_keys, _teacher_needed, _alternatives, _forms, _hours, _remote_code, _intervals, _split, _other_recipe)
 """What can be said of a recipe by itself."""
 
 FILES = (_corpora, _model_folders, _configs)

@@ -11,6 +11,7 @@ from typing import Any
 from tailkd import ending, folder, recipe_file
 from tailkd.bill import settled
 from tailkd.data.batches import Batches
+from tailkd.data.packing import IGNORED, Rows
 from tailkd.errors import Diverged, Refusal
 from tailkd.evaluate.heldout import HeldOut
 from tailkd.models.sample import continuation
@@ -199,7 +200,7 @@ def _write_heldout(run: Run, found: dict[str, HeldOut | None]) -> None:
 
 def _samples(parts: Parts) -> dict[str, Any]:
     """What student and teacher write after the first tokens of the held-out text."""
-    prompt = parts.heldout_rows[0].input_ids[: min(SAMPLE_PROMPT, parts.heldout_rows.context)].tolist()
+    prompt = _prompt(parts.heldout_rows)
     models = {"student": parts.student, **({"teacher": parts.teacher.split} if parts.teacher else {})}
     texts = {
         name: continuation(split.plain, parts.tokenizer, prompt, tokens=SAMPLE_TOKENS, usable=split.usable)
@@ -208,6 +209,16 @@ def _samples(parts: Parts) -> dict[str, Any]:
     for split in models.values():
         split.settle()
     return {"prompt": parts.tokenizer.decode(prompt, skip_special_tokens=True), **texts}
+
+
+def _prompt(rows: Rows) -> list[int]:
+    """The first tokens of the held-out text; where only answers are learned, those before the first of them."""
+    row, stop = rows[0], SAMPLE_PROMPT
+    if rows.store.loss is not None and (row.labels != IGNORED).any():
+        stop = int((row.labels != IGNORED).argmax()) + 1
+    elif row.positions is not None:
+        stop = min(stop, int((row.segments == 0).sum()))
+    return row.input_ids[:stop].tolist()
 
 
 def _evaluation_record(role: str, step: int, trained: int, found: HeldOut) -> dict[str, Any]:

@@ -221,7 +221,7 @@ def _dropped(parts: Parts) -> float | None:
     if not lost:
         return 0.0
     batch = _heldout_batch(parts).to(whole.device)
-    masses = [part.softmax(-1)[:, lost].sum(-1) for part in _logits(whole(batch.input_ids), batch)]
+    masses = [part.softmax(-1)[:, lost].sum(-1) for part in _logits(whole(batch.input_ids, batch.position_ids), batch)]
     return float(torch.cat(masses).double().mean())
 
 

@@ -18,10 +18,10 @@ def limit(patch: pytest.MonkeyPatch, rows: int) -> None:
     """Memory for so many rows of training."""
     real = SplitModel.__call__
 
-    def call(split: SplitModel, ids: torch.Tensor) -> Any:
-        if len(ids) > rows and torch.is_grad_enabled():
+    def call(split: SplitModel, *inputs: torch.Tensor) -> Any:
+        if len(inputs[0]) > rows and torch.is_grad_enabled():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
-        return real(split, ids)
+        return real(split, *inputs)
 
     patch.setattr(SplitModel, "__call__", call)
 

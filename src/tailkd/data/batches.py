@@ -59,6 +59,8 @@ class Batch:
     row_borders: where each row begins among `valid` (batch + 1 numbers).
     segment_borders: where each (row, document) run begins among `valid`, and the end.
     count: number of valid positions. samples: global sample numbers.
+    position_ids: of each token in its document, where documents are apart; None where a row is one sequence. `segments`
+    then has a number for each of them (and one for what is left of a row); it stays on the host.
     """
 
     input_ids: Tensor
@@ -69,6 +71,12 @@ class Batch:
     segment_borders: tuple[int, ...]
     count: int
     samples: tuple[int, ...]
+    position_ids: Tensor | None = None
+
+    @property
+    def sequences(self) -> Tensor | None:
+        """Whose tokens share a mean tail mass, as `tailkd.objective.layout.with_sequences` takes it; None for rows."""
+        return None if self.position_ids is None else self.segments
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -87,13 +95,18 @@ class Batch:
         return self if world == 1 else self._rows(slice(rank * size, (rank + 1) * size))
 
     def _rows(self, part: slice) -> Batch:
-        return _batch(self.input_ids[part], self.labels[part], self.segments[part], self.samples[part])
+        position_ids = None if self.position_ids is None else self.position_ids[part]
+        return _batch(self.input_ids[part], self.labels[part], self.segments[part], self.samples[part], position_ids)
 
     def to(self, device: torch.device) -> Batch:
-        input_ids, labels, segments = (
-            t.to(device, non_blocking=True) for t in (self.input_ids, self.labels, self.segments)
+        """The same with what models and losses read on a device."""
+        input_ids, labels, position_ids = (
+            None if t is None else t.to(device, non_blocking=True)
+            for t in (self.input_ids, self.labels, self.position_ids)
         )
-        return replace(self, input_ids=input_ids, labels=labels, segments=segments)
+        assert input_ids is not None
+        assert labels is not None
+        return replace(self, input_ids=input_ids, labels=labels, position_ids=position_ids)
 
 
 def rows_per_rank(batch_size: int, world: int) -> int:
@@ -114,15 +127,19 @@ def collate(rows: Sequence[Row], samples: Sequence[int]) -> Batch:
     def stacked(parts: Iterable[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.stack(list(parts)))
 
+    positions = [row.positions for row in rows if row.positions is not None]
     return _batch(
         stacked(row.input_ids for row in rows),
         stacked(row.labels for row in rows),
         stacked(row.segments for row in rows),
         tuple(samples),
+        stacked(positions) if positions else None,
     )
 
 
-def _batch(input_ids: Tensor, labels: Tensor, segments: Tensor, samples: tuple[int, ...]) -> Batch:
+def _batch(
+    input_ids: Tensor, labels: Tensor, segments: Tensor, samples: tuple[int, ...], position_ids: Tensor | None
+) -> Batch:
     valid = (labels.flatten() != IGNORED).nonzero().squeeze(-1)
     context = labels.shape[1]
     row_borders = torch.searchsorted(valid, torch.arange(len(labels) + 1) * context)
@@ -130,7 +147,8 @@ def _batch(input_ids: Tensor, labels: Tensor, segments: Tensor, samples: tuple[i
     new = torch.ones_like(places, dtype=torch.bool)
     new[1:] = places[1:] != places[:-1]
     borders = (*new.nonzero().squeeze(-1).tolist(), len(valid))
-    return Batch(input_ids, labels, segments, valid, tuple(row_borders.tolist()), borders, len(valid), samples)
+    rows, count = tuple(row_borders.tolist()), len(valid)
+    return Batch(input_ids, labels, segments, valid, rows, borders, count, samples, position_ids)
 
 
 class Batches:

@@ -14,11 +14,15 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Row:
-    """One training row: what position t reads, what it predicts (-100: nothing), which document it stands in."""
+    """One training row: what position t reads, what it predicts (-100: nothing), which document it stands in.
+
+    positions: of each token in its document, where documents are apart; None where the row is one sequence.
+    """
 
     input_ids: np.ndarray
     labels: np.ndarray
     segments: np.ndarray
+    positions: np.ndarray | None = None
 
 
 class Rows:
@@ -27,7 +31,12 @@ class Rows:
     Every token of the run is predicted exactly once: row r predicts tokens ``r * context`` to ``(r + 1) * context - 1``
     from the tokens before them, its first one from the begin token if rows start with one. Without a begin token the
     very first token of the run has nothing before it and is only read. The last row is filled up with ignored labels.
+    In documents of which only answers are learned the other labels are ignored too.
+
+    cut, dropped: examples that lost the left of their prompt, or are not shown; none here, where rows take any length.
     """
+
+    cut = dropped = 0
 
     def __init__(self, store: TokenStore, documents: np.ndarray, *, context: int, begin: int | None, end: int) -> None:
         lengths = store.offsets[documents + 1] - store.offsets[documents]
@@ -41,29 +50,37 @@ class Rows:
 
     def __getitem__(self, row: int) -> Row:
         first = row * self.context + (self.begin is None)  # the run's index of the first predicted token
-        run, segments = self._run(max(first - 1, 0), min(first + self.context, self.tokens))
+        run, learned, segments = self._run(max(first - 1, 0), min(first + self.context, self.tokens))
         if self.begin is not None:
             if first > 0:
-                run, segments = run[1:], segments[1:]
+                run, learned, segments = run[1:], learned[1:], segments[1:]
             run, segments = np.concatenate([[self.begin], run]), np.concatenate([segments[:1], segments])
+            learned = np.concatenate([[False], learned])
         count = len(run) - 1
         input_ids = np.full(self.context, self.end, dtype=np.int64)
         labels = np.full(self.context, IGNORED, dtype=np.int64)
         filled = np.full(self.context, segments[-1], dtype=np.int64)
         input_ids[:count], labels[:count], filled[:count] = run[:-1], run[1:], segments[:-1]
+        labels[:count][~learned[1:]] = IGNORED
         return Row(input_ids, labels, filled - filled[0])
 
-    def _run(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens `start` to `stop` of the run, and the index of the document each stands in."""
+    def _run(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens `start` to `stop` of the run, whether each is learned, and the index of its document."""
         first = int(np.searchsorted(self.borders, start, side="right")) - 1
         last = int(np.searchsorted(self.borders, stop, side="left"))
-        pieces, segments = [], []
+        pieces, learned, segments = [], [], []
         for index in range(first, last):
             offset = self.store.offsets[self.documents[index]] - self.borders[index]
             low, high = max(start, self.borders[index]), min(stop, self.borders[index + 1])
             pieces.append(self.store.tokens[offset + low : offset + high])
+            learned.append(self.learned(offset + low, offset + high))
             segments.append(np.full(high - low, index))
-        return np.concatenate(pieces).astype(np.int64), np.concatenate(segments)
+        return np.concatenate(pieces).astype(np.int64), np.concatenate(learned), np.concatenate(segments)
+
+    def learned(self, start: int, stop: int) -> np.ndarray:
+        """Which of the store's tokens `start` to `stop` are learned."""
+        mask = self.store.loss
+        return np.ones(stop - start, dtype=bool) if mask is None else np.asarray(mask[start:stop], dtype=bool)
 
 
 def split(hashes: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,8 @@
 """Documents -> token ids on disk, memory-mapped, with a manifest that says what they were made of.
 
 A store is a folder: `tokens.bin` (ids of all documents one after the other, an end token after each), `offsets.bin`
-(int64 document borders), `hashes.bin` (uint64 content hashes) and `manifest.json`.
+(int64 document borders), `hashes.bin` (uint64 content hashes) and `manifest.json`. Where only answers are learned
+`loss.bin` says of which tokens (uint8 each: 1 learned, 0 not).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from tailkd.data import chat
+from tailkd.data.chat import Encoded
 from tailkd.data.corpus import BadRecords, Document, Source
 from tailkd.errors import Refusal
 
@@ -42,6 +45,12 @@ class TokenStore:
         return np.fromfile(self.folder / "offsets.bin", dtype=np.int64)
 
     @cached_property
+    def loss(self) -> np.ndarray | None:
+        """uint8 (tokens,): 1 where a token is learned; None where every token is."""
+        path = self.folder / "loss.bin"
+        return np.memmap(path, dtype=np.uint8, mode="r") if path.is_file() else None
+
+    @cached_property
     def hashes(self) -> np.ndarray:
         """uint64 (documents,): content hash of each document's text."""
         return np.fromfile(self.folder / "hashes.bin", dtype=np.uint64)
@@ -51,14 +60,17 @@ class TokenStore:
 
 
 def fingerprint(source: Source, tokenizer: Any, usable: int) -> dict[str, Any]:
-    """Everything the ids depend on."""
-    return {
+    """Everything the ids and the loss mask depend on."""
+    made_of = {
         "format": FORMAT,
         "source": source.fingerprint(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "end_token": tokenizer.eos_token_id,
         "usable": usable,
     }
+    if "text" in source.fields:
+        return made_of
+    return {**made_of, "rules": chat.RULES, "chat": chat.chat_template(tokenizer) if source.is_chat else None}
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -92,7 +104,7 @@ def prepare(
     try:
         temporary.mkdir(parents=True)
         bad = BadRecords()
-        manifest = _write(source.documents(bad), tokenizer, temporary, usable, say)
+        manifest = _write(source.documents(bad), bad, tokenizer, temporary, usable, say)
         refuse_bad(bad, manifest["documents"], max_bad, source)
         manifest |= {"made_of": made_of, "skipped": bad.counts, "skipped_named": bad.named}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -116,20 +128,33 @@ def open_store(folder: Path, made_of: dict[str, Any]) -> TokenStore:
 
 
 def _write(
-    documents: Iterator[Document], tokenizer: Any, folder: Path, usable: int, say: Callable[[str], None]
+    documents: Iterator[Document],
+    bad: BadRecords,
+    tokenizer: Any,
+    folder: Path,
+    usable: int,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     dtype = np.dtype(np.uint16 if usable <= 1 << 16 else np.uint32)
-    offsets, hashes, content_bytes = [0], [], 0
-    with (folder / "tokens.bin").open("wb") as file:
+    offsets, hashes, content_bytes, learned = [0], [], 0, 0
+    with (folder / "tokens.bin").open("wb") as file, (folder / "loss.bin").open("wb") as losses:
         for batch in _batches(documents):
-            for document, ids in zip(batch, _encode(tokenizer, [d.text for d in batch]), strict=True):
-                row = np.asarray([*ids, tokenizer.eos_token_id], dtype=np.int64)
+            for document, encoded in zip(batch, encode(tokenizer, batch), strict=True):
+                if encoded.unusable is not None:
+                    bad.add(document.id, *encoded.unusable)
+                    continue
+                row = np.asarray(encoded.ids, dtype=np.int64)
                 _refuse_unusable(row, usable, document, tokenizer)
                 file.write(row.astype(dtype).tobytes())
+                if encoded.loss is not None:
+                    losses.write(bytes(encoded.loss))
+                learned += len(row) if encoded.loss is None else sum(encoded.loss)
                 offsets.append(offsets[-1] + len(row))
                 hashes.append(document.hash)
                 content_bytes += len(document.text.encode())
             say(f"tokens: {len(hashes):,} documents, {offsets[-1]:,} tokens")
+    if not (folder / "loss.bin").stat().st_size:
+        (folder / "loss.bin").unlink()
     np.asarray(offsets, dtype=np.int64).tofile(folder / "offsets.bin")
     np.asarray(hashes, dtype=np.uint64).tofile(folder / "hashes.bin")
     return {
@@ -137,12 +162,46 @@ def _write(
         "dtype": dtype.name,
         "documents": len(hashes),
         "tokens": offsets[-1],
+        "learned": learned,
         "bytes": content_bytes,
     }
 
 
-def _encode(tokenizer: Any, texts: list[str]) -> Iterable[list[int]]:
+def encode(tokenizer: Any, documents: Sequence[Document]) -> list[Encoded]:
+    """Each document's ids, the end token included, and which of them are learned; see `tailkd.data.chat`."""
+    blank = any(d.example is not None for d in documents) and chat.begins_with_blank(tokenizer)
+    pieces = [[d.text] if d.example is None else d.example.pieces(begins_with_blank=blank) for d in documents]
+    ids, conversation = iter(_ids(tokenizer, [text for one in pieces for text in one])), None
+    found, end = [], tokenizer.eos_token_id
+    for document, texts in zip(documents, pieces, strict=True):
+        if document.example is None:
+            found.append(Encoded([*next(ids), end]))
+        elif texts:
+            read, answer = next(ids), [*next(ids), end]
+            found.append(Encoded([*read, *answer], [0] * len(read) + [1] * len(answer)))
+        else:
+            conversation = conversation or chat.Chat(tokenizer)
+            found.append(conversation.encode(document.example.turns))
+    return found
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def held(documents: Sequence[Encoded]) -> TokenStore:
+    """Documents as a store that lies in memory alone, without hashes."""
+    offsets = np.cumsum([0, *(len(document.ids) for document in documents)])
+    masks = [document.loss for document in documents if document.loss is not None]
+    store = TokenStore(Path(), {"documents": len(documents)})
+    vars(store).update(  # what would be read from files
+        tokens=np.asarray([token for document in documents for token in document.ids], dtype=np.int64),
+        offsets=offsets,
+        loss=np.asarray([one for mask in masks for one in mask], dtype=np.uint8) if masks else None,
+    )
+    return store
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

@@ -73,7 +73,7 @@ def evaluate(
         for batch, counted in _shared_out(batches, ranks):
             heed()
             batch = batch.to(student.device)
-            heads = student(batch.input_ids), teacher(batch) if teacher is not None else None
+            heads = student(batch.input_ids, batch.position_ids), teacher(batch) if teacher is not None else None
             if counted:
                 own.add(batch, *heads, top_k)
     finally:

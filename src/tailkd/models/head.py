@@ -28,6 +28,9 @@ class SplitModel:
     nn.Module: a teacher inside must stay outside every module tree. The model may be compiled, sharded by FSDP2
     (`fully_shard` of the blocks and then of the model) or wrapped for DDP, before this is made or after
     (``split.model = DistributedDataParallel(split.model)``); `plain` is the model without wrappers.
+
+    `position_ids` (batch, sequence) that start anew within a row are several documents in it: transformers makes masks
+    of them that keep attention inside each; `prove_documents` looks whether a model heeds them.
     """
 
     def __init__(self, model: Any, *, usable: int | None = None, compute_dtype: torch.dtype = torch.float32) -> None:
@@ -37,10 +40,12 @@ class SplitModel:
         self.scale, self.softcap = _scale(self.plain.config), _first(self.plain.config, SOFTCAPS)
         self.usable = self.projection.weight.shape[0] if usable is None else usable
 
-    def __call__(self, input_ids: Tensor) -> Head:
-        return self._head(self._hidden_states(input_ids))
+    def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Head:
+        return self._head(self._hidden_states(input_ids, position_ids))
 
-    def with_states(self, input_ids: Tensor, states: Sequence[int]) -> tuple[Head, tuple[Tensor, ...]]:
+    def with_states(
+        self, input_ids: Tensor, states: Sequence[int], position_ids: Tensor | None = None
+    ) -> tuple[Head, tuple[Tensor, ...]]:
         """The head, and hidden states (batch, sequence, width) from within, of one forward pass.
 
         Equals ``hidden_states[i] for i in states`` of ``model(input_ids, output_hidden_states=True)``: 0 what goes into
@@ -60,9 +65,9 @@ class SplitModel:
         places = [state % (blocks + 1) for state in states]
         inner = sorted({place for place in places if place != blocks})
         if not inner:
-            head = self(input_ids)
+            head = self(input_ids, position_ids)
             return head, (head.hidden,) * len(places)
-        last, *found = self._hidden_states(input_ids, output_hidden_states=inner)
+        last, *found = self._hidden_states(input_ids, position_ids, output_hidden_states=inner)
         head = self._head(last)
         known = dict(zip(inner, found, strict=True)) | {blocks: head.hidden}
         return head, tuple(known[place] for place in places)
@@ -73,9 +78,11 @@ class SplitModel:
         weight, bias = whole(self.projection.weight), whole(getattr(self.projection, "bias", None))
         return Head(hidden, weight, bias, self.scale, self.softcap).narrow(self.usable)
 
-    def _hidden_states(self, input_ids: Tensor, **options: Any) -> Any:
+    def _hidden_states(self, input_ids: Tensor, position_ids: Tensor | None = None, **options: Any) -> Any:
         """The last hidden state; where `output_hidden_states` are asked for, a tuple of it and them."""
         inputs = {"input_ids": input_ids, "use_cache": False, **options}
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids
         with precision.compute(self.compute_dtype, self.device):
             if torch.compiler.is_compiling():  # the caller compiles this: Dynamo cannot trace an exchange of forward
                 return self._backbone_forward(**inputs)
@@ -113,6 +120,24 @@ class SplitModel:
                 f"{_family(self.plain)}: hidden states times vocabulary matrix do not give the model's own logits "
                 f"(largest difference {float((got - expected).abs().max()):.3g}); this family treats its logits in a "
                 "way that tailkd does not know, so it cannot be a teacher or student"
+            )
+        return self
+
+    @torch.no_grad()
+    def prove_documents(self) -> SplitModel:
+        """Refuse a model that looks from one document into the one before it in the same row."""
+        half = torch.arange(PROBE, device=self.device) % self.usable
+        ids = torch.stack([torch.cat([half, half]), torch.cat([half.flip(0), half])])
+        position_ids = torch.arange(PROBE, device=self.device).repeat(2).expand(2, -1)
+        was_training = self.model.training
+        self.model.eval()
+        one, other = self(ids, position_ids).hidden[:, PROBE:].float()
+        self.model.train(was_training)
+        self.settle()
+        if not torch.allclose(one, other, rtol=0, atol=1e-5 * float(one.abs().max())):
+            raise Refusal(
+                f"{_family(self.plain)}: with attention {self.plain.config._attn_implementation!r} a token sees the "
+                "document before its own in the same row; take data.packing: rows, or another attention for it"
             )
         return self
 

@@ -37,12 +37,12 @@ class LiveTeacher:
 
     def __call__(self, batch: Batch) -> Head | Dense:
         with torch.no_grad():
-            return self._signal(self._whole(batch.input_ids))
+            return self._signal(self._whole(batch.input_ids, batch.position_ids))
 
     def with_states(self, batch: Batch, states: Sequence[int]) -> tuple[Head | Dense, tuple[Tensor, ...]]:
         """The signal and hidden states from within, see `SplitModel.with_states`."""
         with torch.no_grad():
-            head, found = self._whole.with_states(batch.input_ids, states)
+            head, found = self._whole.with_states(batch.input_ids, states, batch.position_ids)
             return self._signal(head), found
 
     def _signal(self, head: Head) -> Head | Dense:

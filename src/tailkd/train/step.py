@@ -171,9 +171,9 @@ def accumulate_gradients(
 ) -> dict[str, Tally]:
     """Add the gradient of the batch's mean loss to the student's parameters; the micro-batch does not change it.
 
-    Equals ``distillation_loss(student(batch), teacher(batch), batch.labels, objective=objective).mean(divisor)
-    .backward()``, with the cosine loss of `hidden` added to its sum; the divisor is the number of valid tokens, where
-    gradients are averaged over ranks a rank's share.
+    Equals ``distillation_loss(student(batch), teacher(batch), batch.labels, objective=objective,
+    segments=batch.sequences).mean(divisor).backward()``, with the cosine loss of `hidden` added to its sum; the divisor
+    is the number of valid tokens, where gradients are averaged over ranks a rank's share.
     """
     parts: dict[str, Tally] = {}
     divisor = batch.count if divisor is None else divisor
@@ -203,10 +203,10 @@ def _loss(
     elif teacher is not None and objective.needs_teacher:
         signal = teacher(micro)
     if hidden is None:
-        head = student(micro.input_ids)
+        head = student(micro.input_ids, micro.position_ids)
     else:
-        head, ours = student.with_states(micro.input_ids, hidden.student_states)
-    layout = with_sequences(micro.valid, micro.row_borders, micro.labels.shape[1], None)
+        head, ours = student.with_states(micro.input_ids, hidden.student_states, micro.position_ids)
+    layout = with_sequences(micro.valid, micro.row_borders, micro.labels.shape[1], micro.sequences)
     signal = signal if objective.needs_teacher else None
     loss = distillation_loss(head, signal, micro.labels, objective=objective, layout=layout)
     if hidden is None:
