@@ -67,7 +67,7 @@ $(VENV)/%.stamp: $(VENV)/base.stamp
 	touch $@
 
 EXTRAS_dev := dev
-EXTRAS_all := dev,browser,eval,gguf,lora,track,bench,docs
+EXTRAS_all := dev,browser,eval,gguf,lora,serve,track,bench,docs
 EXTRAS_bench := dev,bench
 EXTRAS_browser := dev,browser
 EXTRAS_docs := docs

@@ -89,7 +89,7 @@ def save_model(folder: Path, tokenizer: Any | None, **config: Any) -> Path:
 def numbered_store(lengths: list[int]) -> SimpleNamespace:
     """Documents of these lengths (end token included) with a number per token that says where it comes from."""
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return SimpleNamespace(tokens=np.arange(10, 10 + offsets[-1]), offsets=offsets, loss=None)
+    return SimpleNamespace(tokens=np.arange(10, 10 + offsets[-1]), offsets=offsets, loss=None, manifest={})
 
 
 def fresh_python(code: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:

@@ -29,6 +29,62 @@ class Mutant(NamedTuple):
 
 MUTANTS = (
     Mutant(
+        "a teacher writes ids beyond the usable ones",
+        "teacher/rollout.py",
+        "scores[:, self.usable :] = -torch.inf",
+        "scores[:, self.usable :] -= 0",
+        "tests/test_generate.py",
+    ),
+    Mutant(
+        "padding is read as text where a teacher writes",
+        "teacher/rollout.py",
+        "mask[row, width - len(prompt.ids) :] = 1",
+        "mask[row] = 1",
+        "tests/test_generate.py",
+    ),
+    Mutant(
+        "the teacher's own sampling settings have a say",
+        "teacher/rollout.py",
+        "with _own_generation_config(self.model, GenerationConfig()):",
+        "with _own_generation_config(self.model, self.model.generation_config):",
+        "tests/test_generate.py",
+    ),
+    Mutant(
+        "an interrupted batch is written a second time",
+        "teacher/rollout.py",
+        "yield from list(zip(batch, self.write(batch), strict=True))[done:]",
+        "yield from list(zip(batch, self.write(batch), strict=True))",
+        "tests/test_generate.py",
+    ),
+    Mutant(
+        "an end token behind a text that was cut off",
+        "data/tokens.py",
+        "*[tokenizer.eos_token_id] * document.finished",
+        "*[tokenizer.eos_token_id]",
+        "tests/test_generate.py",
+    ),
+    Mutant(
+        "the next document learned as a continuation of one that was cut off",
+        "data/packing.py",
+        "(np.diff(segments) != 0) & (run[:-1] != self.end)",
+        "(np.diff(segments) != 0) & (run[:-1] == self.end)",
+        "tests/test_generate.py",
+    ),
+    Mutant(
+        "held-out documents as prompts",
+        "prompts.py",
+        "if self._held_out(document.hash):",
+        "if False:",
+        "tests/test_generate.py",
+    ),
+    Mutant(
+        "requests that nobody waits for are waited for",
+        "teacher/server.py",
+        "connection.sock.shutdown(2)",
+        "pass",
+        "tests/test_server.py",
+    ),
+    Mutant(
         "sign of the tail term",
         "objective/divergences.py",
         "split.head_kl + weight * split.tail_kl",

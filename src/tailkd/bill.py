@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
 from tailkd import ledger, pair, recipe_file
 from tailkd.errors import Refusal
+from tailkd.ledger import flops
+from tailkd.ledger.anatomy import dissect
 from tailkd.models import precision
 from tailkd.recipe import MatchFlops, Recipe
 
@@ -18,10 +21,11 @@ def bill(recipe: Recipe, *, usable: int | None = None, device: torch.device | No
     """The bill of a recipe whose budget is settled; reads model configurations, no weights, tokenizer or data."""
     student, teacher = _sides(recipe)
     hardware = recipe.hardware
+    training = _training(recipe, recipe.tokens, usable=usable, device=device or precision.default_device())
     return ledger.bill(
         student,
         teacher,
-        _training(recipe, recipe.tokens, usable=usable, device=device or precision.default_device()),
+        replace(training, generation=_generation(recipe, recipe.tokens)),
         None
         if hardware.peak_flops is None
         else ledger.Hardware(hardware.peak_flops, hardware.utilisation, hardware.devices, hardware.price_per_hour),
@@ -47,7 +51,7 @@ def _settled(recipe: Recipe, above: tuple[str, ...]) -> Recipe:
     if isinstance(training.tokens, MatchFlops):
         tokens = _matched(recipe, training.tokens.match_flops, above)
     elif training.flops is not None:
-        tokens = training.flops / flops_per_token(recipe)
+        tokens = (training.flops - _written_before(recipe)) / flops_per_token(recipe)
     else:
         tokens = _within_hours(recipe, training.hours or 0.0)
     batch = training.batch_size * recipe.data.context
@@ -61,7 +65,10 @@ def _settled(recipe: Recipe, above: tuple[str, ...]) -> Recipe:
 
 
 def flops_per_token(recipe: Recipe) -> float:
-    """FLOPs of teacher and student per trained token, by the paper's convention."""
+    """FLOPs of teacher and student per trained token, by the paper's convention.
+
+    The text that `generate` writes is among them where it grows with the tokens: without a `generate.count`.
+    """
     return ledger.stages(*_sides(recipe), _training(recipe, 1), ledger.PAPER).total * PETA
 
 
@@ -69,14 +76,42 @@ def _matched(recipe: Recipe, path: str, above: tuple[str, ...]) -> float:
     if path in above:
         raise Refusal(f"training.tokens.match_flops: recipes match one another in a circle: {' -> '.join(above)}")
     other = _settled(recipe_file.read(path, files=False), (*above, path))
-    return other.tokens * flops_per_token(other) / flops_per_token(recipe)
+    budget = other.tokens * flops_per_token(other) + _written_before(other)
+    return (budget - _written_before(recipe)) / flops_per_token(recipe)
 
 
 def _within_hours(recipe: Recipe, hours: float) -> float:
     hardware = recipe.hardware
     per_token = ledger.stages(*_sides(recipe), _training(recipe, 1), None).total * PETA
     speed = (hardware.peak_flops or 0.0) * hardware.utilisation * hardware.devices
-    return hours * 3600 * speed / per_token
+    return (hours * 3600 * speed - _written_before(recipe)) / per_token
+
+
+def _written_before(recipe: Recipe) -> float:
+    """FLOPs of the text that `generate` writes, as many prompts as `generate.count` says; 0 without a count."""
+    asked, made = recipe.generate, _generation(recipe, None)
+    if asked is None or asked.count is None or made is None:
+        return 0.0
+    per_token = flops.generation(dissect(made.writer), made.prompt, made.generated)
+    return asked.count * asked.samples * made.generated * per_token
+
+
+def _generation(recipe: Recipe, tokens: float | None) -> ledger.Generation | None:
+    """What `generate` writes at most: no completion ends before `max_new_tokens`, prompts given whole fill the row.
+
+    `tokens` are those trained on. Without a `generate.count` each line is trained on once, its prompt too.
+    """
+    asked = recipe.generate
+    if asked is None:
+        return None
+    writer = pair.teacher_config(recipe)
+    if writer is None:  # what `check` says of it comes from the recipe's rules
+        return None
+    new = asked.max_new_tokens
+    prompt = asked.prefix_tokens or max(1, recipe.data.context - new)
+    if asked.count is None:
+        return ledger.Generation(writer, prompt, new, new / (prompt + new))
+    return ledger.Generation(writer, prompt, new, asked.count * asked.samples * new / tokens if tokens else 0.0)
 
 
 def _sides(recipe: Recipe) -> tuple[ledger.Student, ledger.Teacher | None]:
@@ -112,4 +147,5 @@ def _training(
         corpus_tokens=int(tokens),
         keep_checkpoints=training.keep_checkpoints,
         top_k=recipe.objective.divergence in ("tail_aware", "ghost_token_kl"),
+        generation=_generation(recipe, None),
     )

@@ -158,6 +158,43 @@ def sweep(
 
 
 @app.command()
+def generate(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE|RUN", help="Recipe file, or with --prompt a run folder.")],
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Drop what is written and start anew.")] = False,
+    prompt: Annotated[str | None, typer.Option(help="Show what a run's models write after this text.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="With --prompt: 0 takes the likeliest tokens.")] = 0.0,
+    tokens: Annotated[int, typer.Option(min=1, help="With --prompt: the most to write.")] = 60,
+    json_: Json = False,
+) -> None:
+    """Text that the teacher writes, to a file of JSON lines; the same command goes on with an interrupted one.
+
+    With --prompt: what teacher, untrained and trained student of a finished run write after it, side by side.
+    Exit codes: as of distill.
+    """
+    from tailkd import recipe_file
+
+    if prompt is None:
+        if recipe.is_dir():
+            raise Refusal(f"{recipe} is a folder; give a recipe file, or with a run folder --prompt TEXT")
+        from tailkd.recipe_rules import WRITING
+
+        checked = recipe_file.read(recipe, recipe_file.parse_overrides(overrides or []), files=WRITING)
+        from tailkd import generation
+
+        _quiet()
+        generation.write(checked, lambda message: print(message, file=sys.stderr, flush=True), fresh=fresh)
+        return
+    from tailkd import generation
+    from tailkd.report.record import Run
+    from tailkd.report.table import print_columns
+
+    _quiet()
+    found = generation.side_by_side(Run(recipe), prompt, tokens=tokens, temperature=temperature)
+    print(json.dumps({"prompt": prompt, **found}, indent=1)) if json_ else print_columns(found)
+
+
+@app.command()
 def shrink(
     recipe: RecipePath,
     out: Annotated[Path, typer.Option(help="Folder to write; new or empty.")],

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, Tag
 
 from tailkd.recipe_data import Data
+from tailkd.recipe_generate import Generate
 from tailkd.recipe_models import Student, Teacher, Vocabulary
 from tailkd.recipe_types import (
     MADE_UP,
@@ -172,6 +173,8 @@ class Recipe(Section):
     training: Training
     evaluate: Evaluate = Evaluate()
     hardware: Hardware = Hardware()
+    generate: Generate | None = None
+    """Text for the teacher to write; null for none."""
 
     @property
     def folder(self) -> Path:
@@ -222,6 +225,7 @@ COSMETIC = (
     "training.strategy",
     "evaluate.",
     "hardware.",
+    "generate",
 )
 """Keys that change nothing of what is trained."""
 

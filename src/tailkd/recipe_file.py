@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,18 @@ from tailkd.recipe_rules import FILES, RULES
 from tailkd.recipe_yaml import extended, load, plain, yaml
 from tailkd.secrets import masked
 
+Rule = Callable[[Recipe], list[tuple[str, str]]]
 
-def read(recipe: str | Path | dict[str, Any], overrides: dict[str, Any] | None = None, *, files: bool = True) -> Recipe:
+
+def read(
+    recipe: str | Path | dict[str, Any],
+    overrides: dict[str, Any] | None = None,
+    *,
+    files: bool | Sequence[Rule] = True,
+) -> Recipe:
     """A checked recipe from a YAML file or a dict, with dotted overrides such as ``{"training.seed": 4}``.
 
-    `files`: whether corpora and model folders must be there.
+    `files`: whether corpora and model folders must be there; or rules of what must.
 
     Raises:
         RecipeRefusal: listing every problem with line, key, what came and what was expected.
@@ -34,7 +42,7 @@ def read(recipe: str | Path | dict[str, Any], overrides: dict[str, Any] | None =
         places[key] = "override"
     checked, problems = _validated(merged(values, over))
     if checked is not None:
-        rules = (*RULES, *FILES) if files else RULES
+        rules = (*RULES, *(FILES if files is True else files or ()))
         problems += [Problem(key, message) for rule in rules for key, message in rule(checked)]
     if problems or checked is None:
         raise RecipeRefusal(name, problems, places, checked)

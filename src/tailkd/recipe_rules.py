@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from tailkd.recipe import READERS, MatchFlops, Recipe
 from tailkd.recipe_data import HeldOut
@@ -126,18 +127,62 @@ def _split(recipe: Recipe) -> Problems:
     return []
 
 
+def _generate(recipe: Recipe) -> Problems:
+    asked, train = recipe.generate, recipe.data.train
+    if asked is None:
+        return []
+    read = train.path if asked.prompts is None else asked.prompts.path
+    url = None if asked.server is None else asked.server.url
+    found = {
+        "generate": recipe.teacher is None and "needs a teacher, which is null; give one, or remove this",
+        "generate.out": read == asked.out
+        and f"{read!r} is also what prompts are taken of; give the corpus as generate.prompts",
+        "generate.prefix_tokens": asked.prompts is None
+        and asked.prefix_tokens is None
+        and "is needed where prompts are prefixes of the documents of data.train; or give generate.prompts",
+        "generate.template": ("{prompt}" not in asked.template and "expected {prompt} in it, where the prompt goes")
+        or (asked.prefix_tokens and asked.template != "{prompt}" and "does not go with generate.prefix_tokens"),
+        "generate.samples": asked.samples > 1
+        and not asked.temperature
+        and "at temperature 0 all samples of a prompt are the same; take 1, or a temperature",
+        "generate.server.url": url is not None and not _is_address(url) and f"expected http://HOST:PORT; came {url!r}",
+    }
+    return [(key, message) for key, message in found.items() if message]
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
 # ----- files
 
 
 def _corpora(recipe: Recipe) -> Problems:
     sources = (("data.train", recipe.data.train), ("data.heldout", recipe.data.heldout))
     return [
-        (f"{key}.path", f"no file, folder or match at {source.path!r}")
+        (f"{key}.path", f"no file, folder or match at {source.path!r}{_who_writes(recipe, source.path)}")
         for key, source in sources
         if source.path
         and not (source.hub or (isinstance(source, HeldOut) and source.fraction is not None))
         and not _exists(source.path)
     ]
+
+
+def _who_writes(recipe: Recipe, path: str) -> str:
+    written = recipe.generate is not None and recipe.generate.out == path
+    return "; `tailkd generate` with this recipe writes it" if written else ""
+
+
+def _prompts(recipe: Recipe) -> Problems:
+    asked = None if recipe.generate is None else recipe.generate.prompts
+    if asked is None:
+        return _corpora(recipe)
+    missing = [] if _exists(asked.path) else [("generate.prompts.path", f"no file, folder or match at {asked.path!r}")]
+    return missing + [problem for problem in _corpora(recipe) if problem[0] == "data.heldout.path"]
 
 
 def _exists(path: str) -> bool:
@@ -176,8 +221,22 @@ def _models(recipe: Recipe) -> list[tuple[str, Model]]:
     return [(role, m) for role, m in (("teacher", recipe.teacher), ("student", recipe.student)) if m is not None]
 
 
-RULES = (_unread_keys, _teacher_needed, _alternatives, _forms, _hours, _remote_code, _intervals, _split, _other_recipe)
+RULES = (
+    _unread_keys,
+    _teacher_needed,
+    _alternatives,
+    _forms,
+    _hours,
+    _remote_code,
+    _intervals,
+    _split,
+    _other_recipe,
+    _generate,
+)
 """What can be said of a recipe by itself."""
 
 FILES = (_corpora, _model_folders, _configs)
 """What a run needs on this machine."""
+
+WRITING = (_prompts, _model_folders, _configs)
+"""What its text needs to be written."""

@@ -49,6 +49,12 @@ class Encoded(NamedTuple):
     loss: Sequence[int] | None = None
     unusable: tuple[str, str] | None = None
 
+    def without_end(self, end: int) -> Encoded:
+        """The same of a conversation that was cut off: nothing says that its last answer ends there."""
+        if not self.ids or self.loss is None or self.ids[-1] != end:
+            return self
+        return Encoded(self.ids[:-1], self.loss[:-1])
+
 
 @dataclass(frozen=True, slots=True)
 class Example:

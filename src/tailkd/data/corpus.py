@@ -16,6 +16,7 @@ from tailkd.data.chat import ANSWERS, CHAT, PLAIN, Example, Turn
 from tailkd.errors import Refusal
 
 JSONL, PARQUET, TEXT = (".jsonl", ".ndjson", ".json"), (".parquet",), (".txt", ".text", ".md", ".rst")
+FINISHED = "finished"  # field of a record: false where its text was cut off
 NAMED = 5  # bad records shown by file and line
 
 
@@ -23,12 +24,14 @@ class Document(NamedTuple):
     """One text with an id that survives re-runs (file and line, or row) and the hash of its content.
 
     example: where only the answers in it are learned, its turns; `text` is then their contents.
+    finished: whether it comes to an end; not where its record says ``"finished": false``, as of text that was cut off.
     """
 
     id: str
     text: str
     hash: int
     example: Example | None = None
+    finished: bool = True
 
 
 @dataclass
@@ -106,7 +109,7 @@ class Source:
 
     def documents(self, bad: BadRecords) -> Iterator[Document]:
         """The documents in order; records that hold none are counted in `bad`."""
-        for where, content in self._contents(bad):
+        for where, content, finished in self._contents(bad):
             turns = () if isinstance(content, str) else content.turns
             text = content if isinstance(content, str) else content.text
             if not text.strip() or any(not turn.content.strip() for turn in turns if turn.role != "system"):
@@ -121,9 +124,9 @@ class Source:
                 bad.add(where, "NUL character")
                 continue
             example = None if isinstance(content, str) else content
-            yield Document(where, text, xxhash.xxh3_64_intdigest(hashed), example)
+            yield Document(where, text, xxhash.xxh3_64_intdigest(hashed), example, finished)
 
-    def _contents(self, bad: BadRecords) -> Iterator[tuple[str, str | Example]]:
+    def _contents(self, bad: BadRecords) -> Iterator[tuple[str, str | Example, bool]]:
         if self.hub is not None:
             yield from self._rows(_hub_rows(self), f"{self.hub}[{self.split}]", bad)
             return
@@ -140,11 +143,15 @@ class Source:
             else:
                 bad.add(str(path), "a text file has no fields")
 
-    def _rows(self, rows: Iterator[dict[str, Any]], name: str, bad: BadRecords) -> Iterator[tuple[str, str | Example]]:
+    def _rows(
+        self, rows: Iterator[dict[str, Any]], name: str, bad: BadRecords
+    ) -> Iterator[tuple[str, str | Example, bool]]:
         for number, row in enumerate(rows):
             yield from self._content(row, f"{name}:{number}", bad)
 
-    def _content(self, record: dict[str, Any], where: str, bad: BadRecords) -> Iterator[tuple[str, str | Example]]:
+    def _content(
+        self, record: dict[str, Any], where: str, bad: BadRecords
+    ) -> Iterator[tuple[str, str | Example, bool]]:
         """The text or the turns of a record; none of a bad one."""
         fields = self.fields
         if "messages" in fields:
@@ -158,7 +165,7 @@ class Source:
         else:
             content = _field(record, fields["text"], where, bad)
         if content is not None:
-            yield where, content
+            yield where, content, record.get(FINISHED) is not False
 
 
 def _suffix(path: Path) -> str:
@@ -250,11 +257,11 @@ def _jsonl(path: Path, bad: BadRecords) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield where, record
 
 
-def _text(path: Path, bad: BadRecords) -> Iterator[tuple[str, str]]:
+def _text(path: Path, bad: BadRecords) -> Iterator[tuple[str, str, bool]]:
     with _open(path) as file:
         content = file.read()
     try:
-        yield str(path), content.decode("utf-8-sig").replace("\r\n", "\n")
+        yield str(path), content.decode("utf-8-sig").replace("\r\n", "\n"), True
     except UnicodeDecodeError:
         bad.add(str(path), "not UTF-8")
 
@@ -266,7 +273,8 @@ def _parquet_rows(path: Path, names: list[str]) -> Iterator[dict[str, Any]]:
         file = parquet.ParquetFile(path)
     except Exception as error:
         raise Refusal(f"{path} is not a readable parquet file ({error})") from error
-    columns = names if set(names) <= set(file.schema_arrow.names) else None
+    known = file.schema_arrow.names
+    columns = [*names, *({FINISHED} & set(known))] if set(names) <= set(known) else None
     for batch in file.iter_batches(batch_size=1024, columns=columns):
         yield from batch.to_pylist()
 

@@ -31,7 +31,8 @@ class Rows:
     Every token of the run is predicted exactly once: row r predicts tokens ``r * context`` to ``(r + 1) * context - 1``
     from the tokens before them, its first one from the begin token if rows start with one. Without a begin token the
     very first token of the run has nothing before it and is only read. The last row is filled up with ignored labels.
-    In documents of which only answers are learned the other labels are ignored too.
+    What follows a document that was cut off (it has no end token) is no continuation of it: that label is ignored, and
+    in documents of which only answers are learned the others.
 
     cut, dropped: examples that lost the left of their prompt, or are not shown; none here, where rows take any length.
     """
@@ -62,6 +63,8 @@ class Rows:
         filled = np.full(self.context, segments[-1], dtype=np.int64)
         input_ids[:count], labels[:count], filled[:count] = run[:-1], run[1:], segments[:-1]
         labels[:count][~learned[1:]] = IGNORED
+        if self.store.manifest.get("unfinished"):
+            labels[:count][(np.diff(segments) != 0) & (run[:-1] != self.end)] = IGNORED
         return Row(input_ids, labels, filled - filled[0])
 
     def _run(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

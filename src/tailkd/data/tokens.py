@@ -1,8 +1,8 @@
 """Documents -> token ids on disk, memory-mapped, with a manifest that says what they were made of.
 
-A store is a folder: `tokens.bin` (ids of all documents one after the other, an end token after each), `offsets.bin`
-(int64 document borders), `hashes.bin` (uint64 content hashes) and `manifest.json`. Where only answers are learned
-`loss.bin` says of which tokens (uint8 each: 1 learned, 0 not).
+A store is a folder: `tokens.bin` (ids of all documents one after the other, an end token after each that was not cut
+off), `offsets.bin` (int64 document borders), `hashes.bin` (uint64 content hashes) and `manifest.json`. Where only
+answers are learned `loss.bin` says of which tokens (uint8 each: 1 learned, 0 not).
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _write(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     dtype = np.dtype(np.uint16 if usable <= 1 << 16 else np.uint32)
-    offsets, hashes, content_bytes, learned = [0], [], 0, 0
+    offsets, hashes, content_bytes, learned, unfinished = [0], [], 0, 0, 0
     with (folder / "tokens.bin").open("wb") as file, (folder / "loss.bin").open("wb") as losses:
         for batch in _batches(documents):
             for document, encoded in zip(batch, encode(tokenizer, batch), strict=True):
@@ -152,6 +152,7 @@ def _write(
                 offsets.append(offsets[-1] + len(row))
                 hashes.append(document.hash)
                 content_bytes += len(document.text.encode())
+                unfinished += not document.finished
             say(f"tokens: {len(hashes):,} documents, {offsets[-1]:,} tokens")
     if not (folder / "loss.bin").stat().st_size:
         (folder / "loss.bin").unlink()
@@ -161,6 +162,7 @@ def _write(
         "format": FORMAT,
         "dtype": dtype.name,
         "documents": len(hashes),
+        "unfinished": unfinished,
         "tokens": offsets[-1],
         "learned": learned,
         "bytes": content_bytes,
@@ -168,20 +170,21 @@ def _write(
 
 
 def encode(tokenizer: Any, documents: Sequence[Document]) -> list[Encoded]:
-    """Each document's ids, the end token included, and which of them are learned; see `tailkd.data.chat`."""
+    """Each document's ids, its end token too unless it was cut off, and which are learned; see `tailkd.data.chat`."""
     blank = any(d.example is not None for d in documents) and chat.begins_with_blank(tokenizer)
     pieces = [[d.text] if d.example is None else d.example.pieces(begins_with_blank=blank) for d in documents]
     ids, conversation = iter(_ids(tokenizer, [text for one in pieces for text in one])), None
     found, end = [], tokenizer.eos_token_id
     for document, texts in zip(documents, pieces, strict=True):
         if document.example is None:
-            found.append(Encoded([*next(ids), end]))
+            found.append(Encoded([*next(ids), *[end] * document.finished]))
         elif texts:
-            read, answer = next(ids), [*next(ids), end]
+            read, answer = next(ids), [*next(ids), *[end] * document.finished]
             found.append(Encoded([*read, *answer], [0] * len(read) + [1] * len(answer)))
         else:
             conversation = conversation or chat.Chat(tokenizer)
-            found.append(conversation.encode(document.example.turns))
+            whole = conversation.encode(document.example.turns)
+            found.append(whole if document.finished else whole.without_end(end))
     return found
 
 

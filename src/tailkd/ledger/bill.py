@@ -46,11 +46,15 @@ class Selection:
 
 @dataclass(frozen=True)
 class Generation:
-    """Training sequences written by a model: `generated` tokens after `prompt` tokens, trained on once."""
+    """Training sequences written by a model: `generated` tokens after `prompt` tokens.
+
+    per_trained: tokens written for each token that is trained on; 1 where those written are, alone and once.
+    """
 
     writer: Any
     prompt: int
     generated: int
+    per_trained: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,7 @@ def stages(student: Student, teacher: Teacher | None, training: Training, conven
     written = 0.0
     if training.generation is not None:
         made = training.generation
-        written = flops.generation(dissect(made.writer), made.prompt, made.generated)
+        written = made.per_trained * flops.generation(dissect(made.writer), made.prompt, made.generated)
     return Stages(*(value * PETA_PER_MILLION for value in (signal, step, chosen, written)))
 
 

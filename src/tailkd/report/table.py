@@ -34,6 +34,15 @@ def as_json(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return [{"name": run.name, "folder": str(run.folder), "evaluation": run.evaluation} for run in runs]
 
 
+def print_columns(texts: dict[str, str]) -> None:
+    """Texts side by side, each under its name."""
+    table = Table(*(name.replace("_", " ") for name in texts), show_lines=False, expand=True)
+    for column in table.columns:
+        column.ratio = 1
+    table.add_row(*(Text(text) for text in texts.values()))
+    Console(highlight=False).print(table)
+
+
 def print_tree(values: dict[str, Any]) -> None:
     """Nested values as two columns, the key of each section once."""
     table = Table("", "", box=None, padding=(0, 2, 0, 0), show_header=False)
