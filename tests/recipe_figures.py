@@ -30,18 +30,30 @@ PUBLISHED = {
     "TinyLlama/TinyLlama-1.1B-intermediate-step-480k-1T": "TinyLlama-1.1B",
     "TinyLlama/TinyLlama-1.1B-intermediate-step-1195k-token-2.5T": "TinyLlama-1.1B",
     "meta-llama/Llama-2-7b-hf": "Llama-2-7B",
+    "MiniLLM/Ref-Pretrain-Qwen-104M": "Qwen-104M",
+    "facebook/opt-125m": "OPT-125M",
+    "facebook/galactica-125m": "Galactica-125M",
+    "microsoft/rho-math-1b-v0.1": "TinyLlama-1.1B",
 }
 """Hub ids in the recipes, and the models of `tailkd.ledger.published`."""
 
 GPU = torch.device("cuda")
 
 
-def copied_tree(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """All recipes of the package in a folder, each base.yaml changed by a function; what extends them is as it was."""
+def copied_tree(folder: Path, change: Callable[[dict[str, Any]], None], reference: Callable[[str], Path]) -> Path:
+    """All recipes of the package in a folder, each base.yaml changed by a function; what extends them is as it was.
+
+    But for the reference models that they name, for which a function gives folders.
+    """
     shutil.copytree(catalogue.RECIPES, folder, dirs_exist_ok=True)
-    for path in folder.rglob(catalogue.BASE):
+    for path in folder.rglob("*.yaml"):
         values = recipe_file.yaml().load(path)
-        change(values)
+        if path.name == catalogue.BASE:
+            change(values)
+        for name, key in (("data", "select"), ("objective", "tokens")):
+            section = values.get(name, {}).get(key)
+            if section:
+                section["reference"] = str(reference(section["reference"]))
         with path.open("w") as file:
             recipe_file.yaml().dump(values, file)
     return folder
@@ -53,14 +65,17 @@ def made_out() -> Iterator[Callable[[Path], Recipe]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
 
+        def saved(hub_id: str) -> Path:
+            model = PUBLISHED[hub_id]
+            published.config(model).save_pretrained(folder / "models" / model)
+            return folder / "models" / model
+
         def change(values: dict[str, Any]) -> None:
             for role in ("teacher", "student"):
                 if "model" in values[role]:
-                    model = PUBLISHED[values[role]["model"]]
-                    published.config(model).save_pretrained(folder / "models" / model)
-                    values[role]["model"] = str(folder / "models" / model)
+                    values[role]["model"] = str(saved(values[role]["model"]))
 
-        tree = copied_tree(folder / "recipes", change)
+        tree = copied_tree(folder / "recipes", change, saved)
         yield lambda path: recipe_file.read(tree / path.relative_to(catalogue.RECIPES), files=False)
 
 

@@ -109,13 +109,17 @@ def send(number: signal.Signals) -> Callable[[], None]:
 
 
 def start(
-    recipe: dict[str, Any], *arguments: str, ranks: int = 1, environment: dict[str, str] | None = None
+    recipe: dict[str, Any],
+    *arguments: str,
+    ranks: int = 1,
+    environment: dict[str, str] | None = None,
+    verb: str = "distill",
 ) -> subprocess.Popen[str]:
     """``tailkd distill`` as a process of its own; under torchrun where there is more than one rank."""
     file = Path(recipe["out"]).parent / "recipe.json.yaml"
     file.write_text(json.dumps(recipe))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "tailkd", "distill", str(file), *arguments]
+    command = [sys.executable, *launcher, "-m", "tailkd", verb, str(file), *arguments]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
 

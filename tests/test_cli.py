@@ -52,6 +52,7 @@ def test_the_verbs_are_these() -> None:
         "init",
         "schema",
         "doctor",
+        "score",
     }
 
 

@@ -41,6 +41,8 @@ SAMPLE = [
     "pretraining/phi-2-1.1b/rkl",
     "pretraining/gemma-2-2b/clm-matched",
     "continued/tinyllama-1.1b/tad-k1",
+    "pretraining/qwen2.5-1.2b/miniplm",
+    "mathematics/tinyllama-1.1b/rho-1",
 ]
 
 
@@ -64,6 +66,8 @@ def test_there_is_one_of_each() -> None:
     expected = {f"{folder}/{file}" for folder in (*CUT_OUT, *GIVEN) for file in ("clm", "kl", *TOP_K)}
     expected |= {f"{folder}/{file}" for folder in CUT_OUT for file in ("clm-matched", "rkl")}
     expected |= {f"{folder}/{file}" for folder in list(CUT_OUT)[:2] for file in BETA}
+    expected |= {f"{folder}/miniplm" for folder in (*CUT_OUT, "mathematics/tinyllama-1.1b")}
+    expected |= {"mathematics/tinyllama-1.1b/rho-1"}
     assert set(NAMES) == expected
     assert len({read(name).name for name in NAMES}) == len(NAMES)  # each has a run folder of its own
 
@@ -77,7 +81,14 @@ def test_a_baseline_differs_in_four_lines_at_most() -> None:
 
 
 def test_each_says_what_it_is() -> None:
-    settings = {"clm": "none", "clm-matched": "none", "kl": "forward_kl", "rkl": "reverse_kl"}
+    settings = {
+        "clm": "none",
+        "clm-matched": "none",
+        "miniplm": "none",
+        "rho-1": "none",
+        "kl": "forward_kl",
+        "rkl": "reverse_kl",
+    }
     for name in NAMES:
         file, objective = name.split("/")[-1], read(name).objective
         assert objective.divergence == settings.get(file, "tail_aware"), name
@@ -87,6 +98,9 @@ def test_each_says_what_it_is() -> None:
         assert (objective.hidden is not None) == (frozen and objective.divergence != "none"), name
         made = read(name).student.from_teacher
         assert (made is not None and made.freeze_embeddings) == frozen, name
+        select, tokens = read(name).data.select, objective.tokens
+        assert (None if select is None else select.ratio) == (0.5 if file == "miniplm" else None), name
+        assert (None if tokens is None else tokens.ratio) == (0.6 if file == "rho-1" else None), name
 
 
 def test_the_papers_settings() -> None:
@@ -114,6 +128,7 @@ def test_heads_are_complete() -> None:
         assert re.fullmatch(r"[1-7](, 2)?|none", said["table"]), path
         assert int(said["hardware"].split()[0]) == recipe.hardware.devices, path
         named = [recipe.data.train.hub, recipe.teacher and recipe.teacher.model, recipe.student.model]
+        named += [one and one.reference for one in (recipe.data.select, recipe.objective.tokens)]
         assert all(name in said["data"] for name in named if name), path
         assert said["data"].count("(") >= sum(name is not None for name in named), path  # a licence for each
         assert max(map(len, path.read_text().splitlines())) <= 120, path
@@ -234,10 +249,11 @@ SIZES = {  # what is cut out of these has whole sizes in the published proportio
     "TinyLlama-1.1B": (32, 88, 2, 8, 1),
     "Phi-3-medium": (80, 280, 5, 4, 1),
     "Llama-2-7B": (64, 172, 4, 4, 4),
+    "Qwen-104M": (32, 88, 2, 4, 4),
 }
 SIZE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 MORE = {"Gemma2-9B": {"head_dim": 16, "query_pre_attn_scalar": 16}, "Phi-2": {"partial_rotary_factor": 0.4}}
-PADDED = {"Qwen1.5-1.8B": 6, "Phi-2": 9, "Qwen2.5-3B": 6, "Phi-3-mini": 64, "Phi-3-medium": 64}
+PADDED = {"Qwen1.5-1.8B": 6, "Qwen-104M": 6, "Phi-2": 9, "Qwen2.5-3B": 6, "Phi-3-mini": 64, "Phi-3-medium": 64}
 """Rows of the vocabulary matrix above the ids that teacher and student share."""
 ADDED = 11  # ids that Phi-3's tokenizer has above Llama's
 CUTS = {
@@ -287,6 +303,18 @@ def tokenizer_of(model: str, corpus: Path) -> Any:
     return tokenizer
 
 
+def save_opt(folder: Path, corpus: Path) -> None:
+    """A reference model with a tokenizer of its own."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    texts = [json.loads(line)["text"] for line in corpus.open()]
+    tokenizer = builders.build_tokenizer(texts[:9], size=290, specials=("<s>", "</s>", "<pad>"))
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2}
+    config = OPTConfig(vocab_size=len(tokenizer), num_attention_heads=4, max_position_embeddings=64, **sizes)
+    OPTForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """All recipes in a folder whose base.yaml name tiny models, a small corpus and 20 steps."""
@@ -299,6 +327,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         config = tiny_config(model, ids)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / model)
         tokenizer_of(model, corpus).save_pretrained(folder / model)
+    for model in published.OPT_ROWS:
+        save_opt(folder / model, corpus)
     step = 4 * 32  # tokens
 
     def change(values: dict[str, Any]) -> None:
@@ -315,7 +345,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         values["training"] |= training
         values["evaluate"] |= {"every_tokens": 10 * step, "tokens": 400}
 
-    return SimpleNamespace(tree=copied_tree(folder / "tree", change), ids=ids)
+    tree = copied_tree(folder / "tree", change, lambda hub_id: folder / PUBLISHED[hub_id])
+    return SimpleNamespace(tree=tree, ids=ids)
 
 
 def read_small(small: SimpleNamespace, name: str, out: Path) -> Recipe:
@@ -335,6 +366,8 @@ def test_each_passes_check(small: SimpleNamespace, name: str, tmp_path: Path) ->
     assert vocabulary["begin_token"] == ("<s>" if folded else None)
     reads_teacher = found["pflop_per_million_tokens"]["teacher_forward"] > 0
     assert reads_teacher == (recipe.objective.divergence != "none")
+    scores = found["pflop_per_million_tokens"]["selection"] > 0
+    assert scores == (recipe.data.select is not None or recipe.objective.tokens is not None)
 
 
 @pytest.mark.slow

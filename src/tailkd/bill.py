@@ -11,7 +11,7 @@ from tailkd import ledger, pair, recipe_file
 from tailkd.errors import Refusal
 from tailkd.ledger import flops
 from tailkd.ledger.anatomy import dissect
-from tailkd.models import precision
+from tailkd.models import load, precision
 from tailkd.recipe import MatchFlops, Recipe
 
 PETA = 1e15 / 1e6  # FLOPs per token of one PFLOP per million tokens
@@ -148,4 +148,16 @@ def _training(
         keep_checkpoints=training.keep_checkpoints,
         top_k=recipe.objective.divergence in ("tail_aware", "ghost_token_kl"),
         generation=_generation(recipe, None),
+        selection=_selection(recipe),
     )
+
+
+def _selection(recipe: Recipe) -> ledger.Selection | None:
+    """What is read to choose: by teacher and reference of rows, by the reference alone of tokens."""
+    select, chosen = recipe.data.select, recipe.objective.tokens
+    if select is not None:
+        reference = load.load_config("data.select.reference", select.reference)
+        return ledger.Selection(pair.teacher_config(recipe), reference, select.ratio)
+    if chosen is not None:
+        return ledger.Selection(load.load_config("objective.tokens.reference", chosen.reference), ratio=1.0)
+    return None

@@ -132,6 +132,25 @@ def distill(
 
 
 @app.command()
+def score(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Log-likelihoods by which data.select or objective.tokens choose; the same command goes on after an interruption.
+
+    `tailkd distill` makes them too where they are missing. Exit codes: 0 done, 2 refused, 75 stopped, 78 data or disk.
+    """
+    from tailkd import recipe_file
+
+    checked = recipe_file.read(recipe, recipe_file.parse_overrides(overrides or []))
+    from tailkd import run as way
+    from tailkd import scoring
+
+    _quiet()
+    found = scoring.score(checked, lambda message: print(message, file=sys.stderr, flush=True))
+    if way.leads():
+        kept = "" if found.kept is None else f", {found.kept:,} of them to train on"
+        print(f"{found.rows:,} rows scored{kept}")
+
+
+@app.command()
 def sweep(
     recipe: RecipePath,
     overrides: Annotated[

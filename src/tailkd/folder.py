@@ -43,6 +43,11 @@ LOCK = "lock.json"
 VERSIONS = ("tailkd", "torch", "transformers", "tokenizers", "datasets", "numpy")
 
 
+def store(recipe: Recipe) -> Path:
+    """Where prepared tokens lie, and scores beside them."""
+    return Path(recipe.data.store or os.environ.get("TAILKD_CACHE") or "~/.cache/tailkd/tokens").expanduser()
+
+
 def holds_a_run(run: Run) -> bool:
     """Whether there is a run in the folder; one that holds anything else is refused."""
     if not run.folder.exists():

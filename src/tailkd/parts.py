@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
 
-from tailkd import folder, pair
+from tailkd import folder, pair, selection
 from tailkd.data import packing, tokens
 from tailkd.data.batches import evaluation_batches, rows_per_rank
 from tailkd.data.corpus import BadRecords, Source
@@ -52,7 +50,7 @@ class Parts:
 
     @property
     def fingerprint(self) -> str:
-        """Of the documents on both sides of the split and of the tokenizer: what a resumed run must share."""
+        """Of the documents on both sides of the split, the tokenizer and what scores chose: a resumed run's too."""
         digest = xxhash.xxh3_128()
         for rows in (self.train_rows, self.heldout_rows):
             digest.update(rows.store.hashes[rows.documents].tobytes())
@@ -60,6 +58,7 @@ class Parts:
             digest.update(str(made_of["tokenizer"]).encode())
             if "rules" in made_of:
                 digest.update(str((made_of["rules"], made_of["chat"])).encode("utf-8", "surrogatepass"))
+        digest.update(self.train_rows.choice.encode())
         return digest.hexdigest()
 
     @property
@@ -86,8 +85,20 @@ class Parts:
         return evaluate_heldout(student, self.teacher, batches, top_k=settings.top_k, ranks=self.ranks, heed=heed)
 
 
-def build(recipe: Recipe, say: Say, *, student: str | None = None, ranks: Ranks = ALONE) -> Parts:
-    """Corpus, tokens, batches, models of a recipe; `student` is a folder to load instead of the recipe's own."""
+def build(
+    recipe: Recipe,
+    say: Say,
+    *,
+    student: str | None = None,
+    ranks: Ranks = ALONE,
+    scored: bool = True,
+    heed: Callable[[], None] = nothing_asked,
+) -> Parts:
+    """Corpus, tokens, batches, models of a recipe; `student` is a folder to load instead of the recipe's own.
+
+    scored: choose rows or tokens by scores, which are made where they do not lie ready (`heed` may stop that); without,
+    all rows are there, and a reference's losses are 0.
+    """
     device = ranks.device
     rows_per_rank(recipe.training.batch_size, ranks.world)
     dtype = precision.resolve(recipe.training.precision, device)
@@ -97,6 +108,10 @@ def build(recipe: Recipe, say: Say, *, student: str | None = None, ranks: Ranks 
     folder.refuse_small_disk(recipe.folder, _run_bytes(recipe))
     with ranks.in_turns():
         train_rows, heldout_rows = prepare(recipe, shared, say)
+    if scored:
+        train_rows = selection.chosen(recipe, shared, train_rows, ranks=ranks, heed=heed, say=say)
+    else:
+        train_rows = selection.unscored(recipe, train_rows)
     sharded = recipe.teacher is not None and recipe.teacher.sharded and ranks.world > 1
     teacher_model = pair.load_teacher(recipe, torch.device("cpu") if sharded else device)
     student_model = pair.load_student(recipe, teacher_model, device, student)
@@ -145,7 +160,7 @@ def prepare(recipe: Recipe, shared: Vocabulary, say: Say) -> tuple[Rows, Rows]:
     data, own = recipe.data, recipe.data.heldout.fraction is None
     corpus = source(data.train)
     check_saved_tokenizer(recipe, shared, corpus)
-    store_folder = Path(data.store or os.environ.get("TAILKD_CACHE") or "~/.cache/tailkd/tokens").expanduser()
+    store_folder = folder.store(recipe)
 
     def store(section: Source) -> tokens.TokenStore:
         return tokens.prepare(

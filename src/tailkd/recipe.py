@@ -20,6 +20,7 @@ from tailkd.recipe_types import (
     NonNegative,
     NotNegative,
     Number,
+    Part,
     Positive,
     Section,
     Share,
@@ -55,6 +56,17 @@ class Hidden(Section):
     """Learn a projection from the student's width to the teacher's; needed where they differ."""
 
 
+class Tokens(Section):
+    """Learns the tokens of each row whose loss exceeds a reference model's most; the others are only read."""
+
+    method: Literal["excess_loss"] = "excess_loss"
+    """excess_loss: the student's cross-entropy less the reference's (Rho-1)."""
+    ratio: Part = 0.6
+    """Share of each row's tokens that is learned."""
+    reference: str
+    """The reference model, of the student's tokenizer: a save_pretrained folder or a hub id."""
+
+
 class ObjectiveSection(Section):
     divergence: Divergence = "tail_aware"
     """What pulls the student towards the teacher."""
@@ -80,10 +92,12 @@ class ObjectiveSection(Section):
     """Weight of the other ids' part (decoupled_kd)."""
     hidden: Hidden | None = None
     """Cosine loss on hidden states; null for none."""
+    tokens: Tokens | None = None
+    """Which tokens are learned; null for all."""
 
     def settings(self) -> dict[str, Any]:
         """The fields of `tailkd.Objective`."""
-        return self.model_dump(exclude={"hidden"})
+        return self.model_dump(exclude={"hidden", "tokens"})
 
 
 class MatchFlops(Section):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator
 
 from tailkd.data.chat import check_template
-from tailkd.recipe_types import Count, Fraction, Section, Share
+from tailkd.recipe_types import Count, Fraction, Part, Section, Share
 
 
 class Source(Section):
@@ -40,11 +40,24 @@ class HeldOut(Source):
     """Share of the training documents held out, by content hash; instead of an own `path` or `hub`."""
 
 
+class Select(Section):
+    """Rows chosen by scores of the teacher and a reference model (`tailkd score`), before training."""
+
+    method: Literal["difference"] = "difference"
+    """difference: rows that the teacher finds most likely compared with the reference (MiniPLM)."""
+    ratio: Part = 0.5
+    """Share of the rows that is kept."""
+    reference: str
+    """The reference model: a save_pretrained folder or a hub id; another tokenizer than the teacher's will do."""
+
+
 class Data(Section):
     train: Source
     """The corpus."""
     heldout: HeldOut = HeldOut(fraction=0.1)
     """What is evaluated and never trained on."""
+    select: Select | None = None
+    """Train on the rows of `train` that scores choose; null for all."""
     context: Count = 2048
     """Tokens in a row."""
     packing: Literal["rows", "documents"] = "rows"

@@ -34,6 +34,7 @@ def _teacher_needed(recipe: Recipe) -> Problems:
         ("student.from_teacher", recipe.student.from_teacher),
         ("vocabulary.fold", recipe.vocabulary.fold),
         ("objective.hidden", recipe.objective.hidden),
+        ("data.select", recipe.data.select),
     ):
         if asked:
             problems.append((key, "needs a teacher, which is null; give one, or remove this"))
@@ -120,6 +121,25 @@ def _intervals(recipe: Recipe) -> Problems:
     ]
 
 
+def _selections(recipe: Recipe) -> Problems:
+    select, chosen, train = recipe.data.select, recipe.objective.tokens, recipe.data.train
+    problems = []
+    if select is not None and chosen is not None:
+        message = "does not go together with data.select: rows are chosen, or tokens of them; remove one"
+        problems.append(("objective.tokens", message))
+    plain = recipe.data.packing == "rows" and train.prompt is None and train.messages is None
+    if not plain and (select is not None or chosen is not None):
+        key = "data.select" if select is not None else "objective.tokens"
+        message = "chooses among rows of plain text; it goes with data.packing rows, without prompts and messages"
+        problems.append((key, message))
+    return problems
+
+
+def _references(recipe: Recipe) -> list[tuple[str, str]]:
+    asked = (("data.select", recipe.data.select), ("objective.tokens", recipe.objective.tokens))
+    return [(f"{key}.reference", section.reference) for key, section in asked if section is not None]
+
+
 def _split(recipe: Recipe) -> Problems:
     fraction = recipe.data.heldout.fraction
     if fraction is not None and fraction > 0.5:
@@ -196,12 +216,20 @@ def _model_folders(recipe: Recipe) -> Problems:
         if model.model is None:
             continue
         path, gguf = Path(model.model).expanduser(), getattr(model, "gguf_file", None)
-        looks_like_path = model.model.startswith((".", "/", "~")) or model.model.count("/") > 1 or path.exists()
+        looks_like_path = _looks_like_path(model.model)
         if looks_like_path and gguf and not (path / gguf).is_file():
             problems.append((f"{role}.gguf_file", f"no file {gguf!r} in {model.model!r}"))
         elif looks_like_path and not gguf and not (path / "config.json").is_file():
             problems.append((f"{role}.model", f"no config.json in {model.model!r}; expected a save_pretrained folder"))
-    return problems
+    return problems + [
+        (key, f"no config.json in {model!r}; expected a save_pretrained folder")
+        for key, model in _references(recipe)
+        if _looks_like_path(model) and not (Path(model).expanduser() / "config.json").is_file()
+    ]
+
+
+def _looks_like_path(model: str) -> bool:
+    return model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).expanduser().exists()
 
 
 def _configs(recipe: Recipe) -> Problems:
@@ -230,6 +258,7 @@ RULES = (
     _remote_code,
     _intervals,
     _split,
+    _selections,
     _other_recipe,
     _generate,
 )

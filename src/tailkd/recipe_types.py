@@ -22,6 +22,7 @@ Number = BeforeValidator(_no_truth_value)
 Positive = Annotated[float, Field(gt=0), Number]
 NotNegative = Annotated[float, Field(ge=0), Number]
 Fraction = Annotated[float, Field(ge=0, le=1), Number]
+Part = Annotated[float, Field(gt=0, le=1), Number]
 Share = Annotated[float, Field(gt=0, lt=1), Number]
 Count = Annotated[int, Field(ge=1), Number]
 NonNegative = Annotated[int, Field(ge=0), Number]

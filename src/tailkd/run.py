@@ -69,7 +69,7 @@ def distill(
             return run
         folder.refuse_unwritable(run.folder)
         with folder.locked(run) if ranks.leads else nullcontext(), ending.noted(run, leads=ranks.leads), stop:
-            parts = build(checked, terminal.say, ranks=ranks)
+            parts = build(checked, terminal.say, ranks=ranks, heed=stop.heed)
             if ranks.leads:
                 if fresh:
                     folder.clear(run)
@@ -248,7 +248,7 @@ def evaluate(run: Run, say: Say) -> Run:
     if not run.finished:
         raise Refusal(f"{run.folder} holds no finished run: run `tailkd distill` on its recipe to the end")
     recipe = recipe_file.read(run.folder / "recipe.yaml")
-    parts = build(recipe, say, student=str(run.student))
+    parts = build(recipe, say, student=str(run.student), scored=False)
     found = {role: None if one is None else HeldOut(**one) for role, one in run.heldout.items() if role in ROLES}
     if parts.teacher is not None:
         found["teacher"] = parts.measure(parts.teacher.split)

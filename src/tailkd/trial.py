@@ -53,7 +53,7 @@ def load(recipe: Recipe, say: Say) -> dict[str, Any]:
     recipe = settled(recipe)
     prepare(recipe, pair.read_vocabulary(recipe), say)
     memory = _Memory(ALONE.device)
-    parts = build(recipe, lambda line: None)
+    parts = build(recipe, lambda line: None, scored=False)
     memory.forget_building()
     seconds, tokens = _timed_steps(parts, say)
     return {

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tailkd.data import select
 from tailkd.data.packing import IGNORED, Row, Rows
 from tailkd.errors import Refusal
 
@@ -61,6 +63,8 @@ class Batch:
     count: number of valid positions. samples: global sample numbers.
     position_ids: of each token in its document, where documents are apart; None where a row is one sequence. `segments`
     then has a number for each of them (and one for what is left of a row); it stays on the host.
+    reference: float32 (batch, context), losses of a reference model: of each row's positions the `learned` share that
+    the student exceeds most is trained on.
     """
 
     input_ids: Tensor
@@ -72,11 +76,20 @@ class Batch:
     count: int
     samples: tuple[int, ...]
     position_ids: Tensor | None = None
+    reference: Tensor | None = None
+    learned: float = 1.0
 
     @property
     def sequences(self) -> Tensor | None:
         """Whose tokens share a mean tail mass, as `tailkd.objective.layout.with_sequences` takes it; None for rows."""
         return None if self.position_ids is None else self.segments
+
+    @property
+    def learned_count(self) -> int:
+        """Positions that are trained on: all valid ones, or each row's learned share of them."""
+        if self.reference is None:
+            return self.count
+        return sum(select.share_of(end - begin, self.learned) for begin, end in pairwise(self.row_borders))
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -96,17 +109,18 @@ class Batch:
 
     def _rows(self, part: slice) -> Batch:
         position_ids = None if self.position_ids is None else self.position_ids[part]
-        return _batch(self.input_ids[part], self.labels[part], self.segments[part], self.samples[part], position_ids)
+        rows = _batch(self.input_ids[part], self.labels[part], self.segments[part], self.samples[part], position_ids)
+        return rows if self.reference is None else replace(rows, reference=self.reference[part], learned=self.learned)
 
     def to(self, device: torch.device) -> Batch:
         """The same with what models and losses read on a device."""
-        input_ids, labels, position_ids = (
+        input_ids, labels, position_ids, reference = (
             None if t is None else t.to(device, non_blocking=True)
-            for t in (self.input_ids, self.labels, self.position_ids)
+            for t in (self.input_ids, self.labels, self.position_ids, self.reference)
         )
         assert input_ids is not None
         assert labels is not None
-        return replace(self, input_ids=input_ids, labels=labels, position_ids=position_ids)
+        return replace(self, input_ids=input_ids, labels=labels, position_ids=position_ids, reference=reference)
 
 
 def rows_per_rank(batch_size: int, world: int) -> int:
@@ -128,13 +142,15 @@ def collate(rows: Sequence[Row], samples: Sequence[int]) -> Batch:
         return torch.from_numpy(np.stack(list(parts)))
 
     positions = [row.positions for row in rows if row.positions is not None]
-    return _batch(
+    batch = _batch(
         stacked(row.input_ids for row in rows),
         stacked(row.labels for row in rows),
         stacked(row.segments for row in rows),
         tuple(samples),
         stacked(positions) if positions else None,
     )
+    references = [row.reference for row in rows if row.reference is not None]
+    return replace(batch, reference=stacked(references), learned=rows[0].learned) if references else batch
 
 
 def _batch(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 
 from tailkd.data.tokens import TokenStore
 from tailkd.errors import Refusal
@@ -17,12 +19,15 @@ class Row:
     """One training row: what position t reads, what it predicts (-100: nothing), which document it stands in.
 
     positions: of each token in its document, where documents are apart; None where the row is one sequence.
+    reference: a reference model's losses, of which the `learned` share that the student exceeds most is trained on.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     segments: np.ndarray
     positions: np.ndarray | None = None
+    reference: np.ndarray | None = None
+    learned: float = 1.0
 
 
 class Rows:
@@ -38,6 +43,7 @@ class Rows:
     """
 
     cut = dropped = 0
+    choice = ""  # fingerprint of what was chosen of them
 
     def __init__(self, store: TokenStore, documents: np.ndarray, *, context: int, begin: int | None, end: int) -> None:
         lengths = store.offsets[documents + 1] - store.offsets[documents]
@@ -45,6 +51,16 @@ class Rows:
         self.borders = np.concatenate([[0], np.cumsum(lengths)])  # of the documents, in the run
         self.tokens = int(self.borders[-1])
         self.predicted = self.tokens - (begin is None)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that the rows depend on: the documents in their order, how they became tokens, how they are cut."""
+        made_of = self.store.manifest["made_of"]
+        how = [made_of["tokenizer"], made_of["end_token"], made_of["usable"], self.context, self.begin, self.end]
+        how += [type(self).__name__, made_of.get("rules"), made_of.get("chat")]
+        digest = xxhash.xxh3_128(json.dumps(how).encode())
+        digest.update(self.store.hashes[self.documents].tobytes())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return -(-self.predicted // self.context)

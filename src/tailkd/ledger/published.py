@@ -27,6 +27,9 @@ SIZES = {
 TIED = ("Qwen 0.5B", "Qwen2.5-3B", "Qwen2.5 1.2B", "Gemma2-9B", "Gemma2 2B")
 HEAD_DIM = {"Gemma2-9B": 256, "Gemma2 2B": 224}
 
+OPT_ROWS = {"OPT-125M": 50272, "Galactica-125M": 50000}
+"""Vocabularies of reference models that are OPT-125M otherwise."""
+
 # millions, norms and biases included: worked out once, apart from this code, for it to be held against
 TOTALS = {
     "Qwen1.5-1.8B": 1836.829,
@@ -66,8 +69,8 @@ def config(name: str) -> Any:
     """The configuration of a model of `SIZES`, or of a reference model of `PAIRS`."""
     import transformers
 
-    if name == "OPT-125M":
-        return transformers.OPTConfig()
+    if name in OPT_ROWS:
+        return transformers.OPTConfig(vocab_size=OPT_ROWS[name])
     if name == "Qwen-104M":
         family, sizes, tied = "Qwen2", (151936, 512, 1408, 8, 8, 8), True
     else:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from tailkd.errors import Refusal
 
 PINNED = re.compile(r"[0-9a-f]{40}")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+WEIGHTS = (".safetensors", ".bin", ".gguf")
 GGUF_PACKAGES = ("gguf", "accelerate")
 OFFLINE_HINT = (
     "give a folder written by save_pretrained, or a hub id that can be reached (`hf auth login` for gated ones)"
@@ -63,6 +65,23 @@ def count_parameters(config: Any, *, remote_code: bool = False) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=remote_code)
     return sum(p.numel() for p in model.parameters())
+
+
+def fingerprint(role: str, model: str, *, revision: str | None = None, gguf_file: str | None = None) -> str:
+    """What weights these are: the content of a folder's files, or the commit behind a hub id."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        commit = getattr(load_config(role, model, revision=revision, gguf_file=gguf_file), "_commit_hash", None)
+        return f"{model}@{commit or revision}"
+    digest = xxhash.xxh3_128()
+    for path in sorted(folder.iterdir()):
+        wanted = path.name == gguf_file if gguf_file else path.suffix in WEIGHTS or path.name == "config.json"
+        if wanted and path.is_file():
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while block := file.read(4 << 20):
+                    digest.update(block)
+    return digest.hexdigest()
 
 
 def load_tokenizer(

@@ -25,6 +25,7 @@ from tailkd.objective.signal import Dense
 from tailkd.objective.work import Work, wide_dtype
 
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 5 << 30}
+SCORED_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}  # of products and logits whose cross-entropy alone is asked for
 WIDE_SUMS = "dtype_out" in torch.ops.aten.addmm.overloads()  # products of bfloat16 added up in float32 (torch >= 2.8)
 
 
@@ -208,3 +209,25 @@ def logits_in_blocks(
                 part = other[at : at + rows]
                 t = theirs.widen(part, torch.empty_like(part, dtype=wide))
             yield slice(start + at, start + at + len(s)), s, t
+
+
+@torch.no_grad()
+def cross_entropies(head: Head | Dense, labels: Tensor, layout: Layout) -> Tensor:
+    """Cross-entropy (nats) of each valid position, (n,), float32 or float64; no gradient, no dense logits.
+
+    Equals ``F.cross_entropy(head.logits()[labels != -100], labels[labels != -100], reduction="none")``.
+    """
+    layout = layout.to(labels.device)
+    expected = labels.flatten().index_select(0, layout.valid).unsqueeze(1)
+    with torch.autocast(labels.device.type, enabled=False):
+        wide = wide_dtype(head.hidden if isinstance(head, Head) else head.heads[0].hidden)
+        side = teacher_side(head, layout.valid, wide)
+        found = torch.empty(layout.count, dtype=wide, device=labels.device)
+        budget = SCORED_BYTES.get(labels.device.type, SCORED_BYTES["cuda"])
+        size = max(1, budget // ((side.bytes_per_id + wide.itemsize) * head.vocabulary_size))
+        for start in range(0, layout.count, size):
+            products = side.products(start, min(start + size, layout.count))
+            logits = side.widen(products, torch.empty_like(products, dtype=wide))
+            at_label = logits.gather(1, expected[start : start + size])
+            found[start : start + size] = (logits.logsumexp(1, keepdim=True) - at_label).squeeze(1)
+    return found

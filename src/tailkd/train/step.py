@@ -11,11 +11,13 @@ from torch import Tensor
 
 from tailkd.data.batches import Batch
 from tailkd.data.packing import IGNORED
+from tailkd.data.select import excess_weights
 from tailkd.errors import OutOfMemory
 from tailkd.models.head import PROJECTIONS, SplitModel, whole
 from tailkd.objective import Dense, Head, Objective, Tally, distillation_loss
+from tailkd.objective.chunked import cross_entropies
 from tailkd.objective.hidden import Hidden, hidden_loss
-from tailkd.objective.layout import with_sequences
+from tailkd.objective.layout import Layout, with_sequences
 from tailkd.objective.tally import add
 from tailkd.train.parallel import clip_gradients, without_sync
 from tailkd.train.ranks import ALONE, Ranks
@@ -123,7 +125,7 @@ class Step:
             objective=self.objective,
             hidden=self.hidden,
             micro_batch_size=self.micro_batch_size,
-            divisor=batch.count / self.ranks.world,
+            divisor=batch.learned_count / self.ranks.world,
             heed=self.heed,
         )
         return self._over_ranks(parts, batch), watched.bad
@@ -173,10 +175,11 @@ def accumulate_gradients(
 
     Equals ``distillation_loss(student(batch), teacher(batch), batch.labels, objective=objective,
     segments=batch.sequences).mean(divisor).backward()``, with the cosine loss of `hidden` added to its sum; the divisor
-    is the number of valid tokens, where gradients are averaged over ranks a rank's share.
+    is the number of valid tokens, where gradients are averaged over ranks a rank's share. Of a batch with reference
+    losses the learned tokens alone count.
     """
     parts: dict[str, Tally] = {}
-    divisor = batch.count if divisor is None else divisor
+    divisor = batch.learned_count if divisor is None else divisor
     micros = list(batch.micro_batches(micro_batch_size))
     for number, micro in enumerate(micros, 1):
         heed()
@@ -208,14 +211,29 @@ def _loss(
         head, ours = student.with_states(micro.input_ids, hidden.student_states, micro.position_ids)
     layout = with_sequences(micro.valid, micro.row_borders, micro.labels.shape[1], micro.sequences)
     signal = signal if objective.needs_teacher else None
-    loss = distillation_loss(head, signal, micro.labels, objective=objective, layout=layout)
+    weights = _token_weights(head, micro, layout)
+    loss = distillation_loss(head, signal, micro.labels, objective=objective, layout=layout, token_weights=weights)
+    parts = {**loss.parts, "loss": Tally(loss.parts["loss"].sum, micro.learned_count)}
     if hidden is None:
-        return loss.sum, loss.parts
+        return loss.sum, parts
     images = [whole(image.weight) for image in getattr(student.plain, PROJECTIONS, ())] or None
-    cosine = hidden_loss(ours, theirs, micro.labels != IGNORED, projections=images)
+    learned = micro.labels != IGNORED if weights is None else weights > 0
+    cosine = hidden_loss(ours, theirs, learned, projections=images)
     total = loss.sum + hidden.weight * cosine
-    found = {"loss": Tally(total.detach(), loss.count), "hidden": Tally(cosine.detach(), loss.count)}
-    return total, {**loss.parts, **found}
+    found = {name: Tally(part.detach(), micro.learned_count) for name, part in (("loss", total), ("hidden", cosine))}
+    return total, {**parts, **found}
+
+
+def _token_weights(head: Head, micro: Batch, layout: Layout) -> Tensor | None:
+    """1 for the tokens that are learned, from a pass over the student's head without gradient; None for all."""
+    if micro.reference is None:
+        return None
+    valid = layout.to(micro.labels.device).valid
+    losses = cross_entropies(head, micro.labels, layout)
+    reference = micro.reference.flatten()[valid].to(losses.dtype)
+    weights = torch.zeros(micro.labels.numel(), dtype=losses.dtype, device=losses.device)
+    weights[valid] = excess_weights(losses, reference, micro.row_borders, micro.learned)
+    return weights.view(micro.labels.shape)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
