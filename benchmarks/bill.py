@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from tailkd.ledger import Batch, Memory, memory
+from tailkd.ledger import Batch, Memory, Teacher, memory
 
 RESULTS = Path(__file__).parent / "results" / "bill.jsonl"
 ALLOWED = 0.25
@@ -103,7 +103,9 @@ def predicted(shape: Shape) -> Memory:
         accumulating=shape.micro_batches > 1,
         checkpointing=shape.checkpointing,
     )
-    return memory(*configurations(shape), batch, frozen_embeddings=shape.frozen)
+    student, teacher = configurations(shape)
+    teachers = [] if teacher is None else [Teacher(teacher)]
+    return memory(student, teachers, batch, frozen_embeddings=shape.frozen)
 
 
 # ----- the measured side, in its own process

@@ -158,7 +158,8 @@ class Bench:
             checkpointing=self.checkpointing,
             device=self.device.type,
         )
-        return memory(*self.configurations, batch, teacher_dtype=self.dtype).total
+        student, teacher = self.configurations
+        return memory(student, [Teacher(teacher, self.dtype)], batch).total
 
 
 def seconds(work: Callable[[], None]) -> float:

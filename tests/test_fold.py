@@ -72,6 +72,23 @@ def test_a_folded_vocabulary_from_the_recipe_to_the_loss(folded: dict[str, Any],
     assert run.evaluation["student"]["kl"] < run.evaluation["student_before"]["kl"]
 
 
+def test_the_teachers_own_row_is_of_what_it_teaches(folded: dict[str, Any]) -> None:
+    """Its probability of the end token includes that of the folded one."""
+    folded["evaluate"] = {"tokens": 300, "batch_size": 8}
+    found = parts.build(recipe_file.read(folded), silent)
+    (batch,) = evaluation_batches(found.heldout_rows, tokens=300, batch_size=8)
+    p = logits(folded["teacher"]["model"], batch).double().softmax(-1)
+    p[..., END] += p[..., EXTRA]
+    p = p[..., :EXTRA] / p[..., :EXTRA].sum(-1, keepdim=True)
+    valid, labels = batch.labels != -100, batch.labels.clamp(min=0)
+    assert bool((batch.labels == END).any())
+    expected = -p.gather(-1, labels[..., None]).squeeze(-1)[valid].log().mean()
+    assert found.teacher is not None
+    measured = found.measure(found.teacher).measures
+    assert measured["cross_entropy"] == pytest.approx(float(expected), rel=1e-5)
+    assert measured["kl"] == pytest.approx(0, abs=1e-6)
+
+
 def test_the_teacher_mass_that_is_dropped_is_told(folded: dict[str, Any]) -> None:
     """Without what is folded; without a fold all that lies beyond the student's rows."""
     rows = parts.build(recipe_file.read(folded), silent).heldout_rows

@@ -19,12 +19,12 @@ PETA = 1e15 / 1e6  # FLOPs per token of one PFLOP per million tokens
 
 def bill(recipe: Recipe, *, usable: int | None = None, device: torch.device | None = None) -> ledger.Bill:
     """The bill of a recipe whose budget is settled; reads model configurations, no weights, tokenizer or data."""
-    student, teacher = _sides(recipe)
+    student, teachers = _sides(recipe)
     hardware = recipe.hardware
     training = _training(recipe, recipe.tokens, usable=usable, device=device or precision.default_device())
     return ledger.bill(
         student,
-        teacher,
+        teachers,
         replace(training, generation=_generation(recipe, recipe.tokens)),
         None
         if hardware.peak_flops is None
@@ -104,7 +104,7 @@ def _generation(recipe: Recipe, tokens: float | None) -> ledger.Generation | Non
     asked = recipe.generate
     if asked is None:
         return None
-    writer = pair.teacher_config(recipe)
+    writer = pair.teacher_configs(recipe).get("teacher")
     if writer is None:  # what `check` says of it comes from the recipe's rules
         return None
     new = asked.max_new_tokens
@@ -114,19 +114,19 @@ def _generation(recipe: Recipe, tokens: float | None) -> ledger.Generation | Non
     return ledger.Generation(writer, prompt, new, asked.count * asked.samples * new / tokens if tokens else 0.0)
 
 
-def _sides(recipe: Recipe) -> tuple[ledger.Student, ledger.Teacher | None]:
-    """A teacher that nothing in the objective reads costs nothing."""
+def _sides(recipe: Recipe) -> tuple[ledger.Student, ledger.Teachers]:
+    """A teacher that nothing in the objective reads costs memory alone: held-out evaluation compares with it."""
     theirs, ours = pair.configurations(recipe)
     made = recipe.student.from_teacher
     student = ledger.Student(ours, frozen_embeddings=made is not None and made.freeze_embeddings)
-    if theirs is None or recipe.teacher is None or not _reads_teacher(recipe):
-        return student, None
-    dtype = None if recipe.teacher.dtype == "auto" else getattr(torch, recipe.teacher.dtype)
-    return student, ledger.Teacher(theirs, dtype)
-
-
-def _reads_teacher(recipe: Recipe) -> bool:
-    return recipe.objective.divergence != "none" or recipe.objective.hidden is not None
+    read = recipe.objective.divergence != "none" or recipe.objective.hidden is not None
+    teachers = [
+        ledger.Teacher(
+            theirs[key], None if one.dtype == "auto" else getattr(torch, one.dtype), "live" if read else "none"
+        )
+        for key, one in recipe.teachers.items()
+    ]
+    return student, teachers if isinstance(recipe.teacher, tuple) else teachers[0] if teachers else None
 
 
 def _training(
@@ -157,7 +157,7 @@ def _selection(recipe: Recipe) -> ledger.Selection | None:
     select, chosen = recipe.data.select, recipe.objective.tokens
     if select is not None:
         reference = load.load_config("data.select.reference", select.reference)
-        return ledger.Selection(pair.teacher_config(recipe), reference, select.ratio)
+        return ledger.Selection(pair.teacher_configs(recipe).get("teacher"), reference, select.ratio)
     if chosen is not None:
         return ledger.Selection(load.load_config("objective.tokens.reference", chosen.reference), ratio=1.0)
     return None

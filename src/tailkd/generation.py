@@ -68,7 +68,7 @@ def write(recipe: Recipe, say: Say, *, fresh: bool = False) -> Path:
 
 def made_of(recipe: Recipe, shared: Vocabulary) -> dict[str, Any]:
     """All that the file's content depends on."""
-    asked, teacher = recipe.generate, recipe.teacher
+    asked, teacher = recipe.generate, recipe.one_teacher
     assert asked is not None
     heldout = recipe.data.heldout.fraction
     server = None if asked.server is None else asked.server.model or "teacher.model"
@@ -86,7 +86,7 @@ def made_of(recipe: Recipe, shared: Vocabulary) -> dict[str, Any]:
 
 
 def _engine(recipe: Recipe, shared: Vocabulary, say: Say) -> Engine:
-    asked, teacher = recipe.generate, recipe.teacher
+    asked, teacher = recipe.generate, recipe.one_teacher
     assert asked is not None
     assert teacher is not None
     sampling = Sampling(asked.max_new_tokens, asked.temperature, asked.top_p, asked.top_k, asked.seed)
@@ -189,10 +189,10 @@ def side_by_side(run: Run, prompt: str, *, tokens: int, temperature: float = 0.0
         writer = Rollout(model, shared.tokenizer, sampling, usable=shared.usable, batch_size=1, **options)
         return writer.write([asked])[0].completion
 
-    teacher = pair.load_teacher(recipe, device)
-    found = {} if teacher is None else {"teacher": text(teacher, fold=recipe.vocabulary.fold)}
-    found["student_before"] = text(pair.load_student(recipe, teacher, device))
-    del teacher
+    teachers = {key: pair.load_teacher(recipe, device, key) for key in recipe.teachers}
+    found = {key: text(model, fold=recipe.vocabulary.fold) for key, model in teachers.items()}
+    found["student_before"] = text(pair.load_student(recipe, teachers.get("teacher"), device))
+    del teachers
     torch.cuda.empty_cache()
     found["student"] = text(pair.load_student(recipe, None, device, str(run.student)))
     return found

@@ -73,10 +73,11 @@ def check(recipe: Recipe, refused: RecipeRefusal | None = None) -> dict[str, Any
 
 def _vocabulary(recipe: Recipe, shared: Vocabulary) -> dict[str, Any]:
     theirs, ours = pair.configurations(recipe)
+    rows = [config.get_text_config().vocab_size for config in theirs.values()]
     begin = None if shared.begin is None else shared.tokenizer.convert_ids_to_tokens(shared.begin)
     return {
         "usable_ids": shared.usable,
-        "teacher_rows": None if theirs is None else theirs.get_text_config().vocab_size,
+        "teacher_rows": rows if isinstance(recipe.teacher, tuple) else rows[0] if rows else None,
         "student_rows": ours.get_text_config().vocab_size,
         "folded": {str(source): target for source, target in recipe.vocabulary.fold.items()},
         "begin_token": begin,
@@ -159,8 +160,8 @@ def _marked(ids: np.ndarray, learned: np.ndarray, marks: tuple[str, str], tokeni
 
 def _licences(recipe: Recipe) -> dict[str, str | None]:
     """What the model folders' cards say; None where they say nothing."""
-    models = {"teacher": recipe.teacher, "student": recipe.student}
-    return {role: _licence(model.model) for role, model in models.items() if model is not None and model.model}
+    models = {**recipe.teachers, "student": recipe.student}
+    return {role: _licence(model.model) for role, model in models.items() if model.model}
 
 
 def _licence(model: str) -> str | None:

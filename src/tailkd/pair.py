@@ -1,4 +1,4 @@
-"""Teacher and student of a recipe: configurations, the vocabulary they share, models."""
+"""Teachers and student of a recipe: configurations, the vocabulary they share, models."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from tailkd import folder
 from tailkd.errors import Refusal
@@ -14,13 +15,16 @@ from tailkd.ledger.parameters import Parameters, count
 from tailkd.models import load, precision, vocabulary
 from tailkd.models.shrink import Cut, cut_student, freeze_embeddings, student_config
 from tailkd.recipe import Recipe
-from tailkd.recipe_models import FromTeacher, Model
+from tailkd.recipe_models import FromTeacher, Model, Student
 from tailkd.recipe_models import Teacher as TeacherSection
+from tailkd.recipe_rules import unfinished
+from tailkd.report.record import Run
+from tailkd.train.commit import measure
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokenizer that both models share, the ids they share, and the token that begins a row."""
+    """The tokenizer that all models share, the ids they share, and the token that begins a row."""
 
     tokenizer: Any
     usable: int
@@ -30,14 +34,14 @@ class Vocabulary:
 # ----- configurations
 
 
-def teacher_config(recipe: Recipe) -> Any | None:
-    """The teacher's configuration; None without a teacher."""
-    teacher = recipe.teacher
-    if teacher is None:
-        return None
-    if teacher.config is not None:
-        return load.load_config("teacher", str(_config_folder(teacher.config)))
-    return _config("teacher", teacher)
+def teacher_configs(recipe: Recipe) -> dict[str, Any]:
+    """Every teacher's configuration by its key, see `Recipe.teachers`."""
+    return {
+        key: _config(key, teacher)
+        if teacher.config is None
+        else load.load_config(key, str(_config_folder(teacher.config)))
+        for key, teacher in recipe.teachers.items()
+    }
 
 
 def _config_folder(path: str) -> Path:
@@ -45,13 +49,12 @@ def _config_folder(path: str) -> Path:
     return found.parent if found.name == "config.json" else found
 
 
-def configurations(recipe: Recipe) -> tuple[Any | None, Any]:
-    """Those of teacher (None without one) and student; no weights are read."""
-    teacher = teacher_config(recipe)
+def configurations(recipe: Recipe) -> tuple[dict[str, Any], Any]:
+    """Those of the teachers by their keys, and of the student; no weights are read."""
+    teachers = teacher_configs(recipe)
     if recipe.student.from_teacher is None:
-        return teacher, _config("student", recipe.student)
-    assert teacher is not None
-    return teacher, student_config(teacher, cut_of(recipe.student.from_teacher))
+        return teachers, _config("student", recipe.student)
+    return teachers, student_config(teachers["teacher"], cut_of(recipe.student.from_teacher))
 
 
 def cut_of(section: FromTeacher) -> Cut:
@@ -71,33 +74,53 @@ def _options(model: Model) -> dict[str, Any]:
 
 
 def _name(role: str, model: Model) -> str:
+    if isinstance(model, Student) and model.run is not None:
+        return str(_earlier(model.run).student)
     if model.model is None:
         raise Refusal(f"{role}.model is null, and this needs its weights or tokenizer; give a folder or a hub id")
     return model.model
+
+
+def _earlier(folder: str) -> Run:
+    """The finished run whose student goes on."""
+    earlier = Run(Path(folder).expanduser())
+    problem = unfinished(earlier)
+    if problem is not None:
+        raise Refusal(f"student.run: {problem}")
+    return earlier
 
 
 # ----- vocabulary
 
 
 def read_vocabulary(recipe: Recipe) -> Vocabulary:
-    """Tokenizers and configurations alone: the proof that teacher and student speak of the same ids."""
-    own = None if recipe.student.model is None else _tokenizer("student", recipe.student)
-    teacher_rows, student_rows = (
-        None if config is None else _vocabulary_rows(config) for config in configurations(recipe)
-    )
-    assert student_rows is not None
-    if recipe.teacher is None or teacher_rows is None:
+    """Tokenizers and configurations alone: the proof that every teacher and the student speak of the same ids."""
+    student = recipe.student
+    own = None if student.from_teacher is not None else _tokenizer("student", student)
+    configs, config = configurations(recipe)
+    student_rows = _vocabulary_rows(config)
+    if not configs:
         if own is None:
-            raise Refusal(f"student.model: {recipe.student.model!r} holds no tokenizer; save one into it")
+            raise Refusal(f"student.model: {_name('student', student)!r} holds no tokenizer; save one into it")
         usable = vocabulary.tokenizer_usable_ids(own, student_rows)
         return Vocabulary(own, usable, _begin_token(recipe, own))
-    teachers = _tokenizer("teacher", recipe.teacher)
-    tokenizer = own or teachers
+    theirs = {key: _tokenizer(key, teacher) for key, teacher in recipe.teachers.items()}
+    tokenizer = own or next((one for one in theirs.values() if one is not None), None)
     if tokenizer is None:
         raise Refusal("neither the teacher's nor the student's folder holds a tokenizer; save one into either")
-    usable = vocabulary.usable_ids(teachers or tokenizer, tokenizer, teacher_rows, student_rows)
-    vocabulary.check_fold(recipe.vocabulary.fold, usable, teacher_rows)
+    rows = {key: _vocabulary_rows(config) for key, config in configs.items()}
+    usable = min(
+        vocabulary.usable_ids(theirs[key] or tokenizer, tokenizer, rows[key], student_rows, teacher=_told(recipe, key))
+        for key in configs
+    )
+    for key in configs:
+        vocabulary.check_fold(recipe.vocabulary.fold, usable, rows[key], teacher=_told(recipe, key))
     return Vocabulary(tokenizer, usable, _begin_token(recipe, tokenizer))
+
+
+def _told(recipe: Recipe, key: str) -> str:
+    """A teacher in a message: which of several it is."""
+    return "teacher" if key == "teacher" else f"{key} ({recipe.teachers[key].model})"
 
 
 def _tokenizer(role: str, model: Model) -> Any | None:
@@ -130,20 +153,18 @@ GPU_ATTENTION = ("flash_attention_2",)
 
 def refuse_device(recipe: Recipe, device: torch.device) -> None:
     """Refuse what this device cannot run, before a model is loaded."""
-    for role, model in (("teacher", recipe.teacher), ("student", recipe.student)):
-        if model is not None and model.attention in GPU_ATTENTION and device.type != "cuda":
+    for role, model in (*recipe.teachers.items(), ("student", recipe.student)):
+        if model.attention in GPU_ATTENTION and device.type != "cuda":
             raise Refusal(f"{role}.attention is {model.attention!r}, which needs a GPU; take 'auto' here")
 
 
-def load_teacher(recipe: Recipe, device: torch.device) -> Any | None:
-    """The teacher's model in its precision; None without a teacher."""
-    teacher = recipe.teacher
-    if teacher is None:
-        return None
+def load_teacher(recipe: Recipe, device: torch.device, key: str = "teacher") -> Any:
+    """The model of one of `Recipe.teachers` in its precision."""
+    teacher = recipe.teachers[key]
     products = precision.resolve(recipe.training.precision, device)
     return load.load_model(
-        "teacher",
-        _name("teacher", teacher),
+        key,
+        _name(key, teacher),
         dtype=products if teacher.dtype == "auto" else getattr(torch, teacher.dtype),
         device=device,
         attention=teacher.attention,
@@ -168,6 +189,16 @@ def load_student(recipe: Recipe, teacher: Any | None, device: torch.device, fold
     if made is not None and made.freeze_embeddings:
         freeze_embeddings(model)
     return model
+
+
+def content_of_run(recipe: Recipe) -> dict[str, str]:
+    """What `student.run` gave, as a resumed run must share it: a hash of its weights; empty without one."""
+    if recipe.student.run is None:
+        return {}
+    digest = xxhash.xxh3_128()
+    for path in sorted(_earlier(recipe.student.run).student.glob("*.safetensors")):
+        digest.update(measure(path.resolve()).xxh3_128.encode())
+    return {"student.run (content)": digest.hexdigest()}
 
 
 # ----- the student alone

@@ -27,7 +27,7 @@ from tailkd.objective.hidden import Hidden, projections
 from tailkd.pair import Vocabulary
 from tailkd.recipe import Recipe
 from tailkd.recipe_data import Source as SourceSection
-from tailkd.teacher.live import LiveTeacher
+from tailkd.teacher.live import LiveTeacher, LiveTeachers, Teacher
 from tailkd.train.parallel import place_teacher, shard
 from tailkd.train.ranks import ALONE, Ranks
 from tailkd.train.step import nothing_asked
@@ -42,7 +42,7 @@ class Parts:
     recipe: Recipe
     tokenizer: Any
     student: SplitModel
-    teacher: LiveTeacher | None
+    teacher: Teacher | None
     train_rows: Rows
     heldout_rows: Rows
     hidden: Hidden | None = None
@@ -78,8 +78,11 @@ class Parts:
             "skipped_named": [name for manifest in stores.values() for name in manifest["skipped_named"]],
         }
 
-    def measure(self, student: SplitModel, heed: Callable[[], None] = nothing_asked) -> HeldOut:
-        """Held-out measures of `student` against the teacher; `heed` is called between batches and may raise."""
+    def measure(self, student: SplitModel | Teacher, heed: Callable[[], None] = nothing_asked) -> HeldOut:
+        """Held-out measures of `student`, or of the teacher itself, against the teacher.
+
+        `heed` is called between batches and may raise.
+        """
         settings = self.recipe.evaluate
         batches = evaluation_batches(self.heldout_rows, tokens=settings.tokens, batch_size=settings.batch_size)
         return evaluate_heldout(student, self.teacher, batches, top_k=settings.top_k, ranks=self.ranks, heed=heed)
@@ -112,22 +115,32 @@ def build(
         train_rows = selection.chosen(recipe, shared, train_rows, ranks=ranks, heed=heed, say=say)
     else:
         train_rows = selection.unscored(recipe, train_rows)
-    sharded = recipe.teacher is not None and recipe.teacher.sharded and ranks.world > 1
-    teacher_model = pair.load_teacher(recipe, torch.device("cpu") if sharded else device)
-    student_model = pair.load_student(recipe, teacher_model, device, student)
-    hidden = _hidden(recipe, student_model, teacher_model)
+    teachers = {
+        key: pair.load_teacher(recipe, torch.device("cpu") if one.sharded and ranks.world > 1 else device, key)
+        for key, one in recipe.teachers.items()
+    }
+    student_model = pair.load_student(recipe, teachers.get("teacher"), device, student)
+    hidden = _hidden(recipe, student_model, teachers.get("teacher"))
     split = SplitModel(student_model, usable=shared.usable, compute_dtype=dtype).prove()
     if apart:
         split.prove_documents()
     split.model = shard(split.model, ranks, recipe.training.strategy)
-    teacher = None
-    if teacher_model is not None:
-        placed = place_teacher(teacher_model, ranks, sharded=sharded)
-        fold = recipe.vocabulary.fold
-        teacher = LiveTeacher(placed, usable=shared.usable, compute_dtype=dtype, fold=fold)
-        if apart:
-            teacher.split.prove_documents()
+    teacher = _teacher(recipe, teachers, shared.usable, ranks)
     return Parts(recipe, shared.tokenizer, split, teacher, train_rows, heldout_rows, hidden, ranks)
+
+
+def _teacher(recipe: Recipe, models: dict[str, Any], usable: int, ranks: Ranks) -> Teacher | None:
+    """The teachers on their places: one, or the mixture of several."""
+    dtype, fold = precision.resolve(recipe.training.precision, ranks.device), recipe.vocabulary.fold
+    each = []
+    for key, one in recipe.teachers.items():
+        placed = place_teacher(models[key], ranks, sharded=one.sharded)
+        each.append(LiveTeacher(placed, usable=usable, compute_dtype=dtype, fold=fold))
+        if recipe.data.packing == "documents":
+            each[-1].split.prove_documents()
+    if isinstance(recipe.teacher, tuple):
+        return LiveTeachers(each, [one.weight for one in recipe.teacher])
+    return each[0] if each else None
 
 
 def _hidden(recipe: Recipe, student: Any, teacher: Any) -> Hidden | None:

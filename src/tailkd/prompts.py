@@ -93,7 +93,7 @@ def prompt_source(recipe: Recipe) -> Source:
 def _room(recipe: Recipe, begin: int) -> int | None:
     """Tokens that a prompt may have; None where the teacher's configuration names no longest input."""
     assert recipe.generate is not None
-    config: Any = pair.teacher_config(recipe)
+    config: Any = pair.teacher_configs(recipe).get("teacher")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is None:
         return None

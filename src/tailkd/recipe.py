@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,10 +10,12 @@ from pydantic import Field, Tag
 
 from tailkd.recipe_data import Data
 from tailkd.recipe_generate import Generate
-from tailkd.recipe_models import Student, Teacher, Vocabulary
+from tailkd.recipe_models import Student, Teacher, Vocabulary, WeightedTeacher
 from tailkd.recipe_types import (
     MADE_UP,
+    ONE,
     PLAIN,
+    SEVERAL,
     Count,
     Duration,
     Either,
@@ -20,6 +23,7 @@ from tailkd.recipe_types import (
     NonNegative,
     NotNegative,
     Number,
+    OneOrSeveral,
     Part,
     Positive,
     Section,
@@ -178,8 +182,10 @@ class Recipe(Section):
     """Shown in reports."""
     out: str | None = None
     """Run folder; null is runs/NAME."""
-    teacher: Teacher | None
-    """null only with divergence none."""
+    teacher: Annotated[
+        Annotated[Teacher | None, Tag(ONE)] | Annotated[tuple[WeightedTeacher, ...], Tag(SEVERAL)], OneOrSeveral
+    ]
+    """null only with divergence none; a list of several with their weights is a mixture of distributions."""
     student: Student
     vocabulary: Vocabulary = Vocabulary()
     data: Data
@@ -189,6 +195,18 @@ class Recipe(Section):
     hardware: Hardware = Hardware()
     generate: Generate | None = None
     """Text for the teacher to write; null for none."""
+
+    @property
+    def teachers(self) -> dict[str, Teacher]:
+        """All teachers by their keys: ``teacher``, or ``teacher.0``, ``teacher.1`` of a list; empty without one."""
+        if isinstance(self.teacher, tuple):
+            return {f"teacher.{place}": one for place, one in enumerate(self.teacher)}
+        return {} if self.teacher is None else {"teacher": self.teacher}
+
+    @property
+    def one_teacher(self) -> Teacher | None:
+        """The teacher, where there is one alone."""
+        return self.teachers.get("teacher")
 
     @property
     def folder(self) -> Path:
@@ -217,7 +235,8 @@ class Recipe(Section):
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one it goes on from, flat by dotted key."""
         flat = flattened(self.resolved())
-        return {key: value for key, value in flat.items() if not key.startswith((*COSMETIC, *OPTIMISER))}
+        unread = (*COSMETIC, *OPTIMISER)
+        return {key: value for key, value in flat.items() if not re.sub(r"\.\d+\.", ".", key).startswith(unread)}
 
     def optimiser(self) -> dict[str, Any]:
         """What may change when a run goes on: the new values apply from there, flat by dotted key."""

@@ -13,6 +13,7 @@ from tailkd.recipe import Recipe
 from tailkd.recipe_merge import Values, merged
 from tailkd.recipe_problems import Problem, RecipeRefusal, problem_of
 from tailkd.recipe_rules import FILES, RULES
+from tailkd.recipe_types import TAGS
 from tailkd.recipe_yaml import extended, load, plain, yaml
 from tailkd.secrets import masked
 
@@ -75,9 +76,11 @@ def _validated(values: Values) -> tuple[Recipe | None, list[Problem]]:
 
 
 def _dropped(values: Any, location: list[str]) -> Any:
-    if len(location) > 1 and location[0] not in values:  # a tag of pydantic's, no key
+    if len(location) > 1 and location[0] in TAGS:
         return _dropped(values, location[1:])
     name, *rest = location
+    if isinstance(values, list):
+        return [_dropped(one, rest) if name == str(place) else one for place, one in enumerate(values)]
     if not rest:
         return {key: value for key, value in values.items() if key != name}
     return {**values, name: _dropped(values[name], rest)}

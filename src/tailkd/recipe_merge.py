@@ -7,7 +7,7 @@ from typing import Any
 from tailkd.recipe import READERS
 
 ALTERNATIVES = (
-    ("student", ("model", "from_teacher")),
+    ("student", ("model", "from_teacher", "run")),
     ("teacher", ("model", "config")),
     ("training", ("tokens", "flops", "hours")),
     ("data.train", ("path", "hub")),

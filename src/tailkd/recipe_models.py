@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag
 
-from tailkd.recipe_types import MADE_UP, PLAIN, Count, Either, NonNegative, Number, Section
+from tailkd.recipe_types import MADE_UP, PLAIN, Count, Either, NonNegative, Number, Positive, Section
 
 
 class Model(Section):
@@ -29,6 +29,11 @@ class Teacher(Model):
     """Precision of the teacher's weights; auto is that of the run's products."""
     sharded: bool = False
     """On many processes: its weights split among them, instead of a copy in each."""
+
+
+class WeightedTeacher(Teacher):
+    weight: Positive = 1.0
+    """Its share in the mixture of the teachers' distributions, relative to the others'."""
 
 
 class FromTeacher(Section):
@@ -67,6 +72,8 @@ class FromTeacher(Section):
 class Student(Model):
     from_teacher: FromTeacher | None = None
     """A student cut out of its teacher, instead of `model`."""
+    run: str | None = None
+    """Folder of a finished run whose student goes on here (a second stage), instead of `model`."""
 
 
 class Vocabulary(Section):

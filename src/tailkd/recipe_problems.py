@@ -9,7 +9,7 @@ from typing import Any
 
 from tailkd.errors import Refusal
 from tailkd.recipe import Recipe
-from tailkd.recipe_types import MADE_UP, PLAIN, Section
+from tailkd.recipe_types import TAGS, Section
 
 
 class Problem:
@@ -39,7 +39,7 @@ def _place(key: str, places: dict[str, str]) -> str:
 
 def problem_of(error: Any) -> Problem:
     """One of pydantic's errors in our words."""
-    location = [str(part) for part in error["loc"] if part not in (PLAIN, MADE_UP)]
+    location = [str(part) for part in error["loc"] if part not in TAGS]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
         known = _fields(location[:-1])
@@ -64,8 +64,10 @@ def _nearest(error: Any) -> str:
 
 def _fields(location: list[str]) -> list[str]:
     section: Any = Recipe
-    for name in location:
-        section = next(_sections(section.model_fields[name].annotation))
+    for name, below in zip(location, [*location, ""][1:], strict=True):
+        if not name.isdigit():  # of a list, which comes behind the single section that it may stand for
+            found = list(_sections(section.model_fields[name].annotation))
+            section = found[-1 if below.isdigit() else 0]
     return list(section.model_fields)
 
 

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from tailkd.recipe import READERS, MatchFlops, Recipe
 from tailkd.recipe_data import HeldOut
 from tailkd.recipe_models import Model
+from tailkd.report.record import Run
 
 Problems = list[tuple[str, str]]
 
@@ -24,8 +25,10 @@ def _unread_keys(recipe: Recipe) -> Problems:
 
 
 def _teacher_needed(recipe: Recipe) -> Problems:
-    if recipe.teacher is not None:
+    if recipe.teachers:
         return []
+    if recipe.teacher is not None:
+        return [("teacher", "is an empty list; give one teacher or several, or null with divergence none")]
     problems = []
     if recipe.objective.divergence != "none":
         message = f"divergence {recipe.objective.divergence!r} needs a teacher; null goes with 'none' alone"
@@ -38,6 +41,22 @@ def _teacher_needed(recipe: Recipe) -> Problems:
     ):
         if asked:
             problems.append((key, "needs a teacher, which is null; give one, or remove this"))
+    return problems
+
+
+def _several_teachers(recipe: Recipe) -> Problems:
+    if len(recipe.teachers) < 2:
+        return []
+    problems = []
+    if recipe.objective.hidden is not None:
+        problems.append(("objective.hidden", "compares hidden states with those of one teacher; several are given"))
+    if recipe.data.select is not None:
+        problems.append(("data.select", "chooses rows by the scores of one teacher; several are given"))
+    if recipe.generate is not None:
+        problems.append(("generate", "writes the text of one teacher; several are given"))
+    if recipe.student.from_teacher is not None:
+        message = "cuts the student out of one teacher, and several are given; give student.model, the folder that "
+        problems.append(("student.from_teacher", message + "`tailkd shrink` writes from a recipe with one of them"))
     return problems
 
 
@@ -58,9 +77,10 @@ def _alternatives(recipe: Recipe) -> Problems:
     budgets = {"tokens": training.tokens, "flops": training.flops, "hours": training.hours}
     problems += _one_of("training", budgets)
     student = recipe.student
-    problems += _one_of("student", {"model": student.model, "from_teacher": student.from_teacher})
-    if recipe.teacher is not None:
-        problems += _one_of("teacher", {"model": recipe.teacher.model, "config": recipe.teacher.config})
+    starts = {"model": student.model, "from_teacher": student.from_teacher, "run": student.run}
+    problems += _one_of("student", starts)
+    for key, teacher in recipe.teachers.items():
+        problems += _one_of(key, {"model": teacher.model, "config": teacher.config})
     return problems
 
 
@@ -233,9 +253,31 @@ def _looks_like_path(model: str) -> bool:
 
 
 def _configs(recipe: Recipe) -> Problems:
-    if recipe.teacher is None or recipe.teacher.config is None:
+    return [
+        (f"{key}.config", f"has no weights, only the ledger can use it; give {key}.model")
+        for key, teacher in recipe.teachers.items()
+        if teacher.config is not None
+    ]
+
+
+def _first_stage(recipe: Recipe) -> Problems:
+    asked = recipe.student.run
+    if asked is None:
         return []
-    return [("teacher.config", "has no weights, only the ledger can use it; give teacher.model")]
+    if Path(asked).expanduser().resolve() == recipe.folder.resolve():
+        return [("student.run", f"{asked!r} is this run's own folder; give the run of the stage before")]
+    problem = unfinished(Run(Path(asked).expanduser()))
+    return [] if problem is None else [("student.run", problem)]
+
+
+def unfinished(earlier: Run) -> str | None:
+    """Why no student can be taken out of a run's folder; None where one can."""
+    if not (earlier.folder / "recipe.yaml").is_file():
+        return f"{earlier.folder} is not a run folder: it holds no recipe.yaml"
+    if earlier.finished:
+        return None
+    finish = f"tailkd distill {earlier.folder / 'recipe.yaml'} out={earlier.folder}"
+    return f"the run in {earlier.folder} is not finished; finish it first: {finish}"
 
 
 def _other_recipe(recipe: Recipe) -> Problems:
@@ -246,12 +288,13 @@ def _other_recipe(recipe: Recipe) -> Problems:
 
 
 def _models(recipe: Recipe) -> list[tuple[str, Model]]:
-    return [(role, m) for role, m in (("teacher", recipe.teacher), ("student", recipe.student)) if m is not None]
+    return [*recipe.teachers.items(), ("student", recipe.student)]
 
 
 RULES = (
     _unread_keys,
     _teacher_needed,
+    _several_teachers,
     _alternatives,
     _forms,
     _hours,
@@ -264,7 +307,7 @@ RULES = (
 )
 """What can be said of a recipe by itself."""
 
-FILES = (_corpora, _model_folders, _configs)
+FILES = (_corpora, _model_folders, _configs, _first_stage)
 """What a run needs on this machine."""
 
 WRITING = (_prompts, _model_folders, _configs)

@@ -54,3 +54,14 @@ def _either(value: Any) -> str:
 PLAIN, MADE_UP = "(plain)", "(made up)"
 Either = Discriminator(_either)
 """Between a plain value and a list or section; its tags are no part of a key."""
+
+
+def _one_or_several(value: Any) -> str:
+    return SEVERAL if isinstance(value, list | tuple) else ONE
+
+
+ONE, SEVERAL = "(one)", "(several)"
+OneOrSeveral = Discriminator(_one_or_several)
+"""Between a section and a list of them; its tags are no part of a key."""
+
+TAGS = (PLAIN, MADE_UP, ONE, SEVERAL)

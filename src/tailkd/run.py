@@ -16,6 +16,7 @@ from tailkd.errors import Diverged, Refusal
 from tailkd.evaluate.heldout import HeldOut
 from tailkd.models.sample import continuation
 from tailkd.objective import Objective
+from tailkd.pair import content_of_run
 from tailkd.parts import Parts, Say, build
 from tailkd.recipe import Recipe
 from tailkd.report.card import write_card
@@ -23,6 +24,7 @@ from tailkd.report.page import write_page
 from tailkd.report.record import FORMAT, Metrics, NoMetrics, Run, Stopped, write_json
 from tailkd.report.terminal import Terminal
 from tailkd.secrets import masked
+from tailkd.teacher.live import LiveTeacher
 from tailkd.train.checkpoint import Checkpoints, Cursor
 from tailkd.train.loop import Hooks, Loop, Plan
 from tailkd.train.optim import Schedule, build_optimizer
@@ -90,7 +92,7 @@ def _train(
     )
     checkpoints = Checkpoints(
         run.folder / "checkpoints",
-        identity=masked({**recipe.identity(), "data (content)": parts.fingerprint}),
+        identity=masked({**recipe.identity(), "data (content)": parts.fingerprint, **content_of_run(recipe)}),
         optimiser=recipe.optimiser(),
         keep=training.keep_checkpoints,
         allow_change=allow_change,
@@ -162,7 +164,7 @@ def _measures_before(
     if cursor.step:
         found = run.heldout
         return {role: None if found[role] is None else HeldOut(**found[role]) for role in ROLES[:2]}
-    teacher = None if parts.teacher is None else parts.measure(parts.teacher.split, stop.heed)
+    teacher = None if parts.teacher is None else parts.measure(parts.teacher, stop.heed)
     student = parts.measure(parts.student, stop.heed)
     before: dict[str, HeldOut | None] = {"teacher": teacher, "student_before": student}
     for role, name in (("teacher", "teacher"), ("student_before", "student")):
@@ -199,9 +201,13 @@ def _write_heldout(run: Run, found: dict[str, HeldOut | None]) -> None:
 
 
 def _samples(parts: Parts) -> dict[str, Any]:
-    """What student and teacher write after the first tokens of the held-out text."""
+    """What student and teachers write after the first tokens of the held-out text."""
     prompt = _prompt(parts.heldout_rows)
-    models = {"student": parts.student, **({"teacher": parts.teacher.split} if parts.teacher else {})}
+    models = {"student": parts.student}
+    if isinstance(parts.teacher, LiveTeacher):
+        models["teacher"] = parts.teacher.split
+    elif parts.teacher is not None:  # a mixture is not asked for text, each of its teachers is
+        models |= {key: one.split for key, one in zip(parts.recipe.teachers, parts.teacher.each, strict=True)}
     texts = {
         name: continuation(split.plain, parts.tokenizer, prompt, tokens=SAMPLE_TOKENS, usable=split.usable)
         for name, split in models.items()
@@ -251,6 +257,6 @@ def evaluate(run: Run, say: Say) -> Run:
     parts = build(recipe, say, student=str(run.student), scored=False)
     found = {role: None if one is None else HeldOut(**one) for role, one in run.heldout.items() if role in ROLES}
     if parts.teacher is not None:
-        found["teacher"] = parts.measure(parts.teacher.split)
+        found["teacher"] = parts.measure(parts.teacher)
     _finish(run, parts, {**found, "student": parts.measure(parts.student)})
     return Run(run.folder)

@@ -112,7 +112,7 @@ def _kept(scorer: _Scorer, name: str, ratio: float) -> Rows:
     if not same:
         _refuse_unreadable(name, theirs, config)
     shown = {"per": "token" if same else "byte", "dtype": str(scorer.dtype)}
-    teacher = recipe.teacher
+    teacher = recipe.one_teacher
     assert teacher is not None  # recipe_rules
 
     def of_teacher() -> dict[str, Any]:

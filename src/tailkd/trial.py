@@ -22,6 +22,7 @@ from tailkd.models.head import SplitModel
 from tailkd.objective import Head, Objective
 from tailkd.parts import Parts, Say, build, prepare
 from tailkd.recipe import Recipe
+from tailkd.teacher.live import LiveTeacher, Teacher
 from tailkd.train.checkpoint import Checkpoints, Cursor
 from tailkd.train.optim import build_optimizer
 from tailkd.train.ranks import ALONE
@@ -138,13 +139,13 @@ def _evaluation_seconds(parts: Parts) -> float:
     if settings.tokens is not None:
         rows = min(rows, -(-settings.tokens // recipe.data.context))
 
-    def seconds(measured: SplitModel) -> float:
+    def seconds(measured: SplitModel | Teacher) -> float:
         found = [_seconds(lambda: evaluate(measured, parts.teacher, [batch], top_k=settings.top_k)) for _ in range(3)]
         return min(found) * rows / len(batch)
 
     before_the_last = (recipe.steps - 1) * recipe.training.batch_size * recipe.data.context
     between = 0 if every is None else min(recipe.steps - 1, before_the_last // every)
-    teacher = 0.0 if parts.teacher is None else seconds(parts.teacher.split)
+    teacher = 0.0 if parts.teacher is None else seconds(parts.teacher)
     return teacher + (2 + between) * seconds(parts.student)  # the student before and after too
 
 
@@ -207,15 +208,21 @@ def _unlabelled_first(row: Row) -> Any:
 
 def _perplexity(parts: Parts, batch: Batch) -> float:
     assert parts.teacher is not None
-    measured = evaluate(parts.teacher.split, None, [batch], top_k=parts.recipe.evaluate.top_k)
+    measured = evaluate(parts.teacher, None, [batch], top_k=parts.recipe.evaluate.top_k)
     return math.exp(measured.measures["cross_entropy"])
 
 
-@torch.no_grad()
 def _dropped(parts: Parts) -> float | None:
-    teacher = parts.teacher
-    if teacher is None:
+    if parts.teacher is None:
         return None
+    if isinstance(parts.teacher, LiveTeacher):
+        return _dropped_by(parts, parts.teacher)
+    shares = [weight / sum(parts.teacher.weights) for weight in parts.teacher.weights]
+    return sum(share * _dropped_by(parts, one) for share, one in zip(shares, parts.teacher.each, strict=True))
+
+
+@torch.no_grad()
+def _dropped_by(parts: Parts, teacher: LiveTeacher) -> float:
     whole = SplitModel(teacher.split.plain, compute_dtype=teacher.split.compute_dtype)
     lost = [i for i in range(teacher.usable, whole.usable) if i not in teacher.fold]
     if not lost:

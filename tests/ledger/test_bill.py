@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tailkd.errors import Refusal
 from tailkd.ledger import Batch, Generation, Hardware, Selection, Student, Teacher, Training, bill, flops, tables
 from tailkd.ledger.anatomy import dissect
 from tailkd.ledger.flops import EXECUTED, PAPER
+from tailkd.ledger.parameters import Parameters
 
 STUDENT, TEACHER = Student(tiny("Qwen2", num_hidden_layers=2)), Teacher(tiny("Llama"))
 MACHINE = Hardware(peak=1e12, utilisation=0.5, devices=2, price=3.0)
@@ -85,6 +87,34 @@ def test_a_row_that_no_chunk_holds_costs_the_teachers_product_again() -> None:
     }
     more = found[True].executed.teacher_forward - found[False].executed.teacher_forward
     assert more == pytest.approx(2 * 4 * (1 << 18) * NANO)
+
+
+def test_several_teachers_cost_what_each_costs() -> None:
+    """Operations and weights add up; parameters are a list."""
+    other = Teacher(tiny("Llama", num_hidden_layers=1))
+    training = Training(1.0, Batch(2, 24, torch.bfloat16))
+    both, first, second = (bill(STUDENT, given, training, MACHINE) for given in ([TEACHER, other], TEACHER, other))
+    for one in (first, second):
+        assert isinstance(one.as_dict()["parameters"]["teacher"], dict)
+    assert both.as_dict()["parameters"]["teacher"] == [
+        one.as_dict()["parameters"]["teacher"] for one in (first, second)
+    ]
+    forwards = [one.executed.teacher_forward for one in (both, first, second)]
+    assert forwards[0] == pytest.approx(forwards[1] + forwards[2])
+    assert both.memory.teacher == first.memory.teacher + second.memory.teacher
+    assert both.memory.total > max(first.memory.total, second.memory.total)
+    twice = bill(STUDENT, [TEACHER, TEACHER], training, MACHINE)
+    assert twice.executed.teacher_forward == pytest.approx(2 * first.executed.teacher_forward)
+
+
+def test_a_teacher_that_training_does_not_ask_takes_memory_alone() -> None:
+    """It is loaded for the held-out measures."""
+    training = Training(1.0, Batch(2, 24))
+    idle, none = (bill(STUDENT, one, training, MACHINE) for one in (replace(TEACHER, signal="none"), None))
+    assert idle.executed == none.executed
+    assert idle.pflop_per_million_tokens == none.pflop_per_million_tokens
+    assert isinstance(idle.teacher, Parameters)
+    assert idle.memory.teacher == 4 * idle.teacher.total == idle.memory.total - none.memory.total
 
 
 def test_impossible_hardware_is_refused() -> None:

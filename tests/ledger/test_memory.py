@@ -16,12 +16,12 @@ from families import FAMILIES, tiny
 from transformers import AutoModelForCausalLM
 
 from tailkd.data.batches import Batch as Rows
-from tailkd.ledger import Batch, memory, rehearsal
+from tailkd.ledger import Batch, Teacher, memory, rehearsal
 from tailkd.ledger.memory import disk
 from tailkd.ledger.rehearsal import Living, Players, rehearse
 from tailkd.models.head import SplitModel
 from tailkd.objective import Objective, blockwise
-from tailkd.teacher.live import LiveTeacher
+from tailkd.teacher.live import LiveTeacher, LiveTeachers
 from tailkd.train.step import accumulate_gradients
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bill.py"
@@ -47,7 +47,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "BLOCK_BYTES", 1 << 16)
 
 
-def lived(student: Any, teacher: Any, batch: Batch, *, frozen: bool = False) -> int:
+def lived(student: Any, teachers: list[Any], batch: Batch, *, frozen: bool = False) -> int:
     """The most bytes alive above weights while real micro-batches run."""
     model = AutoModelForCausalLM.from_config(student).train()
     if frozen:
@@ -55,15 +55,18 @@ def lived(student: Any, teacher: Any, batch: Batch, *, frozen: bool = False) -> 
     if batch.checkpointing:
         model.gradient_checkpointing_enable()
     split = SplitModel(model, usable=batch.usable, compute_dtype=batch.compute)
-    of = AutoModelForCausalLM.from_config(teacher, dtype=batch.compute)
-    signal = LiveTeacher(of, usable=batch.usable or teacher.vocab_size, compute_dtype=batch.compute)
+    models = [AutoModelForCausalLM.from_config(teacher, dtype=batch.compute) for teacher in teachers]
+    usable = batch.usable or student.vocab_size
+    each = [LiveTeacher(one, usable=usable, compute_dtype=batch.compute) for one in models]
+    signal = each[0] if len(each) == 1 else LiveTeachers(each, [1.0] * len(each))
     rows = batch.rows * (2 if batch.accumulating else 1)
     ids = torch.randint(3, 4000, (rows, batch.context))
     valid, borders = torch.arange(ids.numel()), tuple(range(0, ids.numel() + 1, batch.context))
     whole = Rows(ids, ids, torch.zeros_like(ids), valid, borders, borders, ids.numel(), tuple(range(rows)))
     with Living() as living:
         living.ignore(model)
-        living.ignore(of)
+        for one in models:
+            living.ignore(one)
         accumulate_gradients(split, signal, whole, objective=Objective(), micro_batch_size=batch.rows)
         return living.peak
 
@@ -71,24 +74,33 @@ def lived(student: Any, teacher: Any, batch: Batch, *, frozen: bool = False) -> 
 @pytest.mark.parametrize(("family", "case"), [*(("Qwen2", case) for case in CASES), ("Gemma2", "plain")])
 def test_the_rehearsal_equals_what_lives_in_a_real_micro_batch(family: str, case: str) -> None:
     student, teacher = configurations(family)
-    found = rehearse(Players(student, teacher, CASES[case].compute), CASES[case])
-    expected = lived(student, teacher, CASES[case])
+    found = rehearse(Players(student, ((teacher, CASES[case].compute),)), CASES[case])
+    expected = lived(student, [teacher], CASES[case])
     worst = max(found.teacher_forward, found.forward, found.loss, found.backward)
     assert worst == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("case", ["plain", "bfloat16", "narrow"])
+def test_of_two_teachers_too(case: str) -> None:
+    student, teacher = configurations("Llama")
+    batch, teachers = CASES[case], [teacher, configurations("Qwen2")[1]]
+    found = rehearse(Players(student, tuple((one, batch.compute) for one in teachers)), batch)
+    worst = max(found.teacher_forward, found.forward, found.loss, found.backward)
+    assert worst == pytest.approx(lived(student, teachers, batch), rel=0.02)
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"Qwen2", "Gemma2"}))
 def test_every_family_is_rehearsed(family: str) -> None:
     student, teacher = configurations(family)
-    found = rehearse(Players(student, teacher, torch.float32, frozen_embeddings=True), CASES["plain"])
-    expected = lived(student, teacher, CASES["plain"], frozen=True)
+    found = rehearse(Players(student, ((teacher, torch.float32),), frozen_embeddings=True), CASES["plain"])
+    expected = lived(student, [teacher], CASES["plain"], frozen=True)
     assert max(found.forward, found.loss, found.backward) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize(("family", "case"), [("Llama", "bfloat16"), ("Llama", "checkpointing"), ("Gemma2", "plain")])
 def test_a_few_blocks_tell_of_many(family: str, case: str) -> None:
     student = tiny(family, num_hidden_layers=6)
-    players = Players(student, student, CASES[case].compute)
+    players = Players(student, ((student, CASES[case].compute),))
     few, all_of_it = rehearse(players, CASES[case]), rehearse(players, CASES[case], whole=True)
     assert replace(few, backward_upper=0) == replace(all_of_it, backward_upper=0)
     assert few.backward == all_of_it.backward
@@ -96,7 +108,7 @@ def test_a_few_blocks_tell_of_many(family: str, case: str) -> None:
 
 def test_parts_and_moments() -> None:
     student, teacher = configurations("Llama")
-    bill = memory(student, teacher, Batch(2, 40), frozen_embeddings=True, teacher_dtype=BFLOAT16)
+    bill = memory(student, [Teacher(teacher, BFLOAT16)], Batch(2, 40), frozen_embeddings=True)
     model, other = (AutoModelForCausalLM.from_config(c) for c in (student, teacher))
     total = sum(p.numel() for p in model.parameters())
     trained = total - model.get_input_embeddings().weight.numel()
@@ -106,17 +118,17 @@ def test_parts_and_moments() -> None:
     assert bill.total <= bill.weights + bill.gradients + bill.optimizer + bill.teacher + bill.activations + (
         bill.objective + 8 * 4096 * 64  # the update's temporaries, or the gradient that the loss hands over
     )
-    checkpointed = memory(student, teacher, Batch(2, 40, checkpointing=True), teacher_dtype=BFLOAT16)
+    checkpointed = memory(student, [Teacher(teacher, BFLOAT16)], Batch(2, 40, checkpointing=True))
     assert checkpointed.activations < bill.activations / 4
     assert bill.as_dict()["objective"] == bill.objective
 
 
 def test_the_update_of_large_weights_can_be_the_worst_moment() -> None:
     student = tiny("Llama", hidden_size=512, intermediate_size=2048)
-    bill = memory(student, None, Batch(1, 8, device="cuda"))
+    bill = memory(student, [], Batch(1, 8, device="cuda"))
     assert bill.teacher == 0
     assert bill.moments["update"] == bill.total
-    small = memory(student, None, Batch(1, 8, device="cuda"), moment_bytes=2)
+    small = memory(student, [], Batch(1, 8, device="cuda"), moment_bytes=2)
     assert bill.optimizer == 4 * small.optimizer
 
 

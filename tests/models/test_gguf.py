@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import builders
 import pytest
 import torch
+import transformers
 from gguf_files import write_gguf
 
 import tailkd
+from tailkd import cli
 from tailkd.errors import Refusal
 from tailkd.models import load
 
@@ -84,6 +87,47 @@ def test_a_student_that_goes_with_it(recipe: dict[str, Any], tiny: SimpleNamespa
 def test_a_file_that_is_not_there(recipe: dict[str, Any], stranger: SimpleNamespace) -> None:
     with pytest.raises(Refusal, match=r"teacher.gguf_file.*no file 'absent.gguf'"):
         tailkd.distill({**recipe, "teacher": {"model": str(stranger.teacher), "gguf_file": "absent.gguf"}})
+
+
+def test_a_header_is_parsed_once_while_the_file_is_the_same(
+    tiny: SimpleNamespace, stranger: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / NAME
+    shutil.copy(tiny.exact / NAME, file)
+    real, parsed = transformers.AutoConfig.from_pretrained, 0
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal parsed
+        parsed += 1
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", counted)
+    first = load.load_config("teacher", str(tmp_path), gguf_file=NAME)
+    first.num_hidden_layers = 99  # the caller's own
+    monkeypatch.chdir(tmp_path.parent)
+    assert load.load_config("teacher", tmp_path.name, gguf_file=NAME).num_hidden_layers == 2
+    assert parsed == 1
+    size = file.stat().st_size
+    model = builders.build_model(len(stranger.tokenizer), hidden=64, num_key_value_heads=2, rms_norm_eps=0.5)
+    write_gguf(file, model, stranger.tokenizer)
+    assert file.stat().st_size == size
+    assert load.load_config("teacher", str(tmp_path), gguf_file=NAME).rms_norm_eps == 0.5
+    assert parsed == 2
+
+
+def test_its_bar_heeds_the_switch(tiny: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    """Off as `tailkd` has it, nothing is written; on, as elsewhere, the bar is there; errors come either way."""
+    logging = transformers.utils.logging
+    was_on = logging.is_progress_bar_enabled()
+    try:
+        cli._quiet()
+        loaded(tiny.quantised)
+        assert capsys.readouterr().err == ""
+        logging.enable_progress_bar()
+        loaded(tiny.quantised)
+        assert "de-quantizing GGUF" in capsys.readouterr().err
+    finally:
+        (logging.enable_progress_bar if was_on else logging.disable_progress_bar)()
 
 
 @pytest.mark.parametrize("missing", [("gguf",), ("gguf", "accelerate")])

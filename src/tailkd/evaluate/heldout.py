@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from itertools import islice, zip_longest
@@ -18,6 +19,7 @@ from tailkd.models.head import SplitModel
 from tailkd.objective import Dense, Head, blocks, rows
 from tailkd.objective.chunked import logits_in_blocks
 from tailkd.objective.layout import with_sequences
+from tailkd.teacher.live import Teacher
 
 TAIL_SIZES = (1, 5, 10, 20)
 BLOCK_BYTES = 16 << 20  # of one side's float32 logits
@@ -47,7 +49,7 @@ class Ranks(Protocol):
 
 @torch.no_grad()
 def evaluate(
-    student: SplitModel,
+    student: SplitModel | Teacher,
     teacher: Signal | None,
     batches: Iterable[Batch],
     *,
@@ -67,23 +69,34 @@ def evaluate(
     each batch, on all ranks equally often, and may raise to stop.
     """
     own = _Sums([], FullEce(), Ece())
-    was_training = student.model.training
-    student.model.eval()
-    try:
+    with _at_rest(student):
         for batch, counted in _shared_out(batches, ranks):
             heed()
             batch = batch.to(student.device)
-            heads = student(batch.input_ids, batch.position_ids), teacher(batch) if teacher is not None else None
+            head = student(batch.input_ids, batch.position_ids) if isinstance(student, SplitModel) else student(batch)
+            signal = head if teacher is student else None if teacher is None else teacher(batch)
             if counted:
-                own.add(batch, *heads, top_k)
-    finally:
-        student.model.train(was_training)
-        student.settle()
+                own.add(batch, head, signal, top_k)
     total = own if ranks is None else _Sums.of_all(ranks.gathered(own))
     table = torch.cat(total.tables)
     measures = _measures(table.sum(0), total.full.value(), total.top.value(), alone=teacher is None)
     per_row = {name: table[:, _NAMES.index(name)].tolist() for name in ROW_MEASURES if measures[name] is not None}
     return HeldOut(measures, {"tokens": table[:, -1].tolist(), **per_row}, total.top.reliability())
+
+
+@contextmanager
+def _at_rest(student: SplitModel | Teacher) -> Iterator[None]:
+    """A student in evaluation mode, in which a teacher always is; its shards are shards again afterwards."""
+    model = student.model if isinstance(student, SplitModel) else None
+    was_training = model is not None and model.training
+    try:
+        if model is not None:
+            model.eval()
+        yield
+    finally:
+        if model is not None:
+            model.train(was_training)
+        student.settle()
 
 
 def _shared_out(batches: Iterable[Batch], ranks: Ranks | None) -> Iterator[tuple[Batch, bool]]:
@@ -106,12 +119,13 @@ class _Sums:
     full: FullEce
     top: Ece
 
-    def add(self, batch: Batch, student: Head, teacher: Head | Dense | None, top_k: int) -> None:
+    def add(self, batch: Batch, student: Head | Dense, teacher: Head | Dense | None, top_k: int) -> None:
         layout = with_sequences(batch.valid, batch.row_borders, batch.labels.shape[1], None)
         sums = torch.zeros(len(batch), len(_NAMES) + 1, dtype=torch.float64)
         labels = batch.labels.flatten()[batch.valid.to(batch.labels.device)].unsqueeze(1)
         size = max(1, BLOCK_BYTES // (4 * student.vocabulary_size))
-        heads = student.to(torch.float32), None if teacher is None else teacher.to(torch.float32)
+        other = None if teacher is None or teacher is student else teacher.to(torch.float32)
+        heads = student.to(torch.float32), other
         for place, s, t in logits_in_blocks(*heads, layout, size):
             columns, probabilities = _measured(s, s.clone() if t is None else t, labels[place], top_k)
             sums.index_add_(0, batch.valid[place] // batch.labels.shape[1], columns.cpu())

@@ -1,8 +1,8 @@
 """What a run costs before it is run: parameters, floating-point operations, memory, disk, hours, money."""
 
-from tailkd.ledger.bill import Bill, Generation, Hardware, Selection, Stages, Student, Teacher, Training, bill, stages
+from tailkd.ledger.bill import Bill, Generation, Hardware, Selection, Stages, Student, Teachers, Training, bill, stages
 from tailkd.ledger.flops import PAPER
-from tailkd.ledger.memory import Memory, memory
+from tailkd.ledger.memory import Memory, Teacher, memory
 from tailkd.ledger.parameters import Parameters, count
 from tailkd.ledger.rehearsal import Batch
 
@@ -18,6 +18,7 @@ __all__ = [
     "Stages",
     "Student",
     "Teacher",
+    "Teachers",
     "Training",
     "bill",
     "count",

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from tailkd.errors import Refusal
 from tailkd.ledger import flops
 from tailkd.ledger.anatomy import Anatomy, dissect
 from tailkd.ledger.flops import PAPER, Convention
-from tailkd.ledger.memory import Memory, disk, memory
+from tailkd.ledger.memory import Memory, Teacher, disk, memory
 from tailkd.ledger.parameters import Parameters, count
-from tailkd.ledger.rehearsal import Batch, chunk_limit
+from tailkd.ledger.rehearsal import Batch, bytes_per_id, chunk_limit
 
 PETA_PER_MILLION = 1e6 / 1e15
+Teachers = Teacher | Sequence[Teacher] | None
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,6 @@ class Student:
 
     config: Any
     frozen_embeddings: bool = False
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """config: of transformers. dtype: of its weights, None for that of the products. signal: one of `flops.SIGNALS`."""
-
-    config: Any
-    dtype: torch.dtype | None = None
-    signal: str = "live"
 
 
 @dataclass(frozen=True)
@@ -110,10 +101,13 @@ class Stages:
 
 @dataclass(frozen=True)
 class Bill:
-    """What a run costs; `pflop_per_million_tokens` is in the paper's convention, `executed` is what will run."""
+    """What a run costs; `pflop_per_million_tokens` is in the paper's convention, `executed` is what will run.
+
+    teacher: of the one; of several where a list of teachers was given.
+    """
 
     student: Parameters
-    teacher: Parameters | None
+    teacher: Parameters | tuple[Parameters, ...] | None
     pflop_per_million_tokens: Stages
     executed: Stages
     memory: Memory
@@ -123,8 +117,10 @@ class Bill:
 
     def as_dict(self) -> dict[str, Any]:
         """The tree with plain numbers, for JSON; `money` where a price was given, `teacher` where there is one."""
-        sides = {"student": self.student.as_dict()}
-        if self.teacher is not None:
+        sides: dict[str, Any] = {"student": self.student.as_dict()}
+        if isinstance(self.teacher, tuple):
+            sides["teacher"] = [one.as_dict() for one in self.teacher]
+        elif self.teacher is not None:
             sides["teacher"] = self.teacher.as_dict()
         return {
             "parameters": sides,
@@ -137,8 +133,8 @@ class Bill:
         }
 
 
-def bill(student: Student, teacher: Teacher | None, training: Training, hardware: Hardware | None) -> Bill:
-    """The bill of training `student` against `teacher`; needs configurations alone.
+def bill(student: Student, teacher: Teachers, training: Training, hardware: Hardware | None) -> Bill:
+    """The bill of training `student` against `teacher`, one or several; needs configurations alone.
 
     ``hours == training.tokens * executed operations per token / (peak * utilisation * devices) / 3600``;
     ``money == hours * devices * price``. Memory is that of one device that holds everything.
@@ -147,18 +143,17 @@ def bill(student: Student, teacher: Teacher | None, training: Training, hardware
     ours = count(student.config, frozen_embeddings=student.frozen_embeddings)
     ran = stages(student, teacher, training, None)
     hours, money = (None, None) if hardware is None else _time(ran.total / PETA_PER_MILLION * training.tokens, hardware)
-    live = teacher is not None and teacher.signal == "live"
+    theirs = tuple(count(one.config) for one in _all(teacher))
     return Bill(
         student=ours,
-        teacher=None if teacher is None else count(teacher.config),
+        teacher=theirs if isinstance(teacher, Sequence) else theirs[0] if theirs else None,
         pflop_per_million_tokens=stages(student, teacher, training, PAPER),
         executed=ran,
         memory=memory(
             student.config,
-            teacher.config if live and teacher else None,
+            _all(teacher),
             training.batch,
             frozen_embeddings=student.frozen_embeddings,
-            teacher_dtype=teacher.dtype if teacher else None,
             moment_bytes=training.moment_bytes,
         ),
         disk_bytes=disk(
@@ -173,12 +168,16 @@ def bill(student: Student, teacher: Teacher | None, training: Training, hardware
     )
 
 
+def _all(teacher: Teachers) -> Sequence[Teacher]:
+    return teacher if isinstance(teacher, Sequence) else [] if teacher is None else [teacher]
+
+
 def _time(operations: float, hardware: Hardware) -> tuple[float, float | None]:
     hours = operations / (hardware.peak * hardware.utilisation * hardware.devices) / 3600
     return hours, None if hardware.price is None else hours * hardware.devices * hardware.price
 
 
-def stages(student: Student, teacher: Teacher | None, training: Training, convention: Convention | None) -> Stages:
+def stages(student: Student, teacher: Teachers, training: Training, convention: Convention | None) -> Stages:
     """PFLOP per million trained tokens of each stage; without a convention, as executed for each model."""
     batch, ours = training.batch, dissect(student.config)
     step = flops.student_step(
@@ -188,7 +187,8 @@ def stages(student: Student, teacher: Teacher | None, training: Training, conven
         frozen_embeddings=student.frozen_embeddings,
         checkpointing=batch.checkpointing,
     )
-    signal = 0.0 if teacher is None else _signal(ours, teacher, training, convention)
+    each = _all(teacher)
+    signal = sum(_signal(ours, one, training, convention, of=len(each)) for one in each)
     chosen = 0.0 if training.selection is None else _selection(training.selection, batch.context, convention)
     written = 0.0
     if training.generation is not None:
@@ -197,12 +197,14 @@ def stages(student: Student, teacher: Teacher | None, training: Training, conven
     return Stages(*(value * PETA_PER_MILLION for value in (signal, step, chosen, written)))
 
 
-def _signal(student: Anatomy, teacher: Teacher, training: Training, convention: Convention | None) -> float:
+def _signal(student: Anatomy, teacher: Teacher, training: Training, convention: Convention | None, *, of: int) -> float:
+    """What one of so many teachers costs."""
     theirs, batch = dissect(teacher.config), training.batch
     found = flops.teacher_forward(theirs, batch.context, convention or flops.executed(theirs), signal=teacher.signal)
-    if convention is None and training.top_k and teacher.signal != "logits":
+    if convention is None and training.top_k and teacher.signal in ("live", "hidden"):
         usable = batch.usable or student.vocabulary
-        found += flops.sweep(theirs, chunk_limit(batch, usable, 2 * batch.compute.itemsize), batch.context)
+        limit = chunk_limit(batch, usable, bytes_per_id(batch.compute.itemsize, of))
+        found += flops.sweep(theirs, limit, batch.context)
     return found
 
 

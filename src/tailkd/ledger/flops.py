@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tailkd.errors import Refusal
 from tailkd.ledger.anatomy import Anatomy
 
-SIGNALS = ("live", "hidden", "logits")
+SIGNALS = ("live", "hidden", "logits", "none")
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,10 @@ def forward(anatomy: Anatomy, context: int, convention: Convention) -> float:
 def teacher_forward(anatomy: Anatomy, context: int, convention: Convention, *, signal: str = "live") -> float:
     """A teacher's signal: all of a forward pass, its vocabulary product over cached hidden states, or read logits.
 
+    "none" is that of a teacher which training does not ask, only held-out evaluation does.
+
     Raises:
-        Refusal: another signal than "live", "hidden" or "logits".
+        Refusal: another signal than "live", "hidden", "logits" or "none".
     """
     if signal == "live":
         return forward(anatomy, context, convention)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +16,23 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "objective", "teach
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """config: of transformers. dtype: of its weights, None for that of the products. signal: one of `flops.SIGNALS`."""
+
+    config: Any
+    dtype: torch.dtype | None = None
+    signal: str = "live"
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes of one process at its worst moment (`total`), and of each part at its own.
 
     Parts do not all live at once (gradients come as activations go), so they add up to `total` or more. weights,
     gradients, optimizer: of the student in float32. activations: what a micro-batch's forward pass leaves for its
     backward pass, under autocast the low-precision copies of the weights too. objective: what the loss needs while it
-    runs. teacher: its weights and hidden states. moments: bytes by moment; `total` is the largest.
+    runs. teacher: all teachers' weights and hidden states; of one that training does not ask, the weights. moments:
+    bytes by moment; `total` is the largest.
     """
 
     total: int
@@ -39,26 +50,25 @@ class Memory:
 
 def memory(
     student: Any,
-    teacher: Any | None,
+    teachers: Sequence[Teacher],
     batch: Batch,
     *,
     frozen_embeddings: bool = False,
-    teacher_dtype: torch.dtype | None = None,
     moment_bytes: int = 8,
 ) -> Memory:
-    """Peak memory of training `student` against `teacher` (transformers configurations) after the first step.
+    """Peak memory of training `student` (a transformers configuration) against `teachers` after the first step.
 
     Process and libraries themselves (and a GPU's context) come on top.
 
     Args:
-        teacher_dtype: of its weights; None for the dtype of the products.
         moment_bytes: of the optimizer's state per trained parameter; 8 for AdamW in float32, 2 in 8 bits.
     """
-    dtype = teacher_dtype or batch.compute
-    peaks = rehearse(Players(student, teacher, dtype, frozen_embeddings), batch)
+    loaded = [(t.config, t.dtype or batch.compute, t.signal) for t in teachers if t.signal in ("live", "none")]
+    live = tuple((config, dtype) for config, dtype, signal in loaded if signal == "live")
+    peaks = rehearse(Players(student, live, frozen_embeddings), batch)
     found = count(student, frozen_embeddings=frozen_embeddings)
     weights, optimizer = MASTER * found.total, moment_bytes * found.trainable
-    frozen_weights = 0 if teacher is None else dtype.itemsize * count(teacher).total
+    frozen_weights = sum(dtype.itemsize * count(config).total for config, dtype, _ in loaded)
     resting = weights + optimizer + frozen_weights
     moments = {
         "teacher_forward": resting + peaks.teacher_forward,

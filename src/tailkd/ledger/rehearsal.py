@@ -48,12 +48,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Peaks:
-    """Bytes above weights, optimizer and teacher's weights at the worst of each moment.
+    """Bytes above weights, optimizer and teachers' weights at the worst of each moment.
 
     kept: what the student's forward pass leaves for the backward pass. left: what is there after the backward pass.
-    objective: what the loss needs at its worst. signal: the teacher's hidden states. teacher_forward, forward, loss,
+    objective: what the loss needs at its worst. signal: the teachers' hidden states. teacher_forward, forward, loss,
     backward_upper (all but the first block) and backward_end: all that lives then, gradients of an earlier micro-batch
-    and the teacher's hidden states included.
+    and the teachers' hidden states included.
     """
 
     kept: int
@@ -118,11 +118,10 @@ class Living(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Players:
-    """Both configurations and what is particular to them; `teacher` may be None."""
+    """All configurations and what is particular to them; the teachers' with the dtype of their weights."""
 
     student: Any
-    teacher: Any | None
-    teacher_dtype: torch.dtype
+    teachers: tuple[tuple[Any, torch.dtype], ...]
     frozen_embeddings: bool = False
 
 
@@ -143,7 +142,13 @@ def rehearse(players: Players, batch: Batch, *, whole: bool = False) -> Peaks:
 def _rehearse(players: Players, batch: Batch, depth: int) -> Peaks:
     with FakeTensorMode():
         counted = _Rehearsal(batch)
-        teaching, peak = counted.teacher(players)
+        teaching: list[_Teaching] = []
+        peak = 0
+        for config, dtype in players.teachers:
+            held = sum(one.hidden.nbytes for one in teaching)
+            one, needed = counted.teacher(config, dtype)
+            teaching.append(one)
+            peak = max(peak, held + needed)
         return counted.student(_cut(players.student, depth), players.frozen_embeddings, teaching, peak)
 
 
@@ -174,20 +179,17 @@ class _Rehearsal:
         self.batch = batch
         self.ids = torch.zeros(batch.rows, batch.context, dtype=torch.long)
 
-    def teacher(self, players: Players) -> tuple[_Teaching | None, int]:
+    def teacher(self, config: Any, dtype: torch.dtype) -> tuple[_Teaching, int]:
         """What its forward pass leaves, and the most that it needs."""
-        config = players.teacher
-        if config is None:
-            return None, 0
         depth = min(config.num_hidden_layers, 2 * _period(config))
-        model = _model(_cut(config, depth), self.batch.context, players.teacher_dtype).eval().requires_grad_(False)
+        model = _model(_cut(config, depth), self.batch.context, dtype).eval().requires_grad_(False)
         split = SplitModel(model, usable=self.batch.usable, compute_dtype=self.batch.compute)
         with Living() as living, torch.no_grad():
             living.ignore(model)
             head = split(self.ids)
             return _Teaching(head.hidden, head.weight), living.peak
 
-    def student(self, config: Any, frozen: bool, teaching: _Teaching | None, teacher_peak: int) -> Peaks:
+    def student(self, config: Any, frozen: bool, teaching: list[_Teaching], teacher_peak: int) -> Peaks:
         batch = self.batch
         model = _model(config, batch.context, torch.float32).train()
         if frozen:
@@ -196,7 +198,7 @@ class _Rehearsal:
             # older versions of transformers know the old name alone
             (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
         split = SplitModel(model, usable=batch.usable, compute_dtype=batch.compute)
-        signal = 0 if teaching is None else teaching.hidden.nbytes
+        signal = sum(one.hidden.nbytes for one in teaching)
         earlier = signal if batch.accumulating else 0  # of the micro-batch before, until it is replaced
         upper: list[int] = []
         with Living() as living:
@@ -248,25 +250,25 @@ class _StandIn(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rest: tuple[_Teaching | None, Batch]
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rest: tuple[list[_Teaching], Batch]
     ) -> Tensor:
         teaching, batch = rest
         needs = ctx.needs_input_grad
         vocabulary = weight.shape[0]
         with torch.autocast("cpu", enabled=False):
             packed, matrix = hidden.flatten(0, -2).clone(), weight.to(hidden.dtype)
-            theirs = (
-                None
-                if teaching is None
-                else (teaching.hidden.flatten(0, -2).clone(), teaching.weight.to(teaching.hidden.dtype))
-            )
+            theirs = [(one.hidden.flatten(0, -2).clone(), one.weight.to(one.hidden.dtype)) for one in teaching]
             d_hidden = torch.empty_like(packed) if needs[0] else None
             d_weight = torch.empty(weight.shape, dtype=torch.float32) if needs[1] else None
             d_bias = torch.zeros(vocabulary, dtype=torch.float32) if bias is not None and needs[2] else None
             scratch = torch.empty(3, block_rows(vocabulary), vocabulary) if batch.device == "cpu" else None
-            sizes = [hidden.element_size()] + ([] if teaching is None else [teaching.hidden.element_size()])
-            count = chunk_positions(batch, vocabulary, sum(sizes))
-            products = [torch.empty(count, vocabulary, dtype=hidden.dtype) for _ in sizes]
+            count = chunk_positions(batch, vocabulary, bytes_per_id(hidden.element_size(), len(teaching)))
+            products: list[Tensor] = [torch.empty(count, vocabulary, dtype=hidden.dtype)]
+            if len(teaching) == 1:
+                products.append(torch.empty(count, vocabulary, dtype=hidden.dtype))
+            elif teaching:
+                products.append(torch.empty(count, vocabulary))  # what is added up
+                _added(count, vocabulary, hidden.dtype)
             if d_weight is not None and hidden.dtype != d_weight.dtype:
                 torch.empty(weight.shape, dtype=hidden.dtype)  # products.T @ hidden before it is added
             del products, scratch, theirs, matrix, packed
@@ -281,9 +283,20 @@ class _StandIn(torch.autograd.Function):
         return (*((None if g is None else (g * incoming[0].to(g.dtype)).to(dtype)) for g, dtype in pairs), None)
 
 
+def _added(count: int, vocabulary: int, dtype: torch.dtype) -> None:
+    """One of several teachers while it is added to the others: its products, and these in float32."""
+    products = torch.empty(count, vocabulary, dtype=dtype)
+    products.to(torch.float32)
+
+
 def block_rows(vocabulary: int) -> int:
     """Rows of a block of `Blockwise` on a CPU."""
     return max(1, BLOCK_BYTES // (4 * vocabulary))
+
+
+def bytes_per_id(itemsize: int, teachers: int) -> int:
+    """Of a position's logits in a chunk, both sides together; several teachers are added up in float32."""
+    return itemsize * (1 + teachers) if teachers < 2 else itemsize + 3 * 4
 
 
 def chunk_limit(batch: Batch, vocabulary: int, bytes_per_id: int) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import tempfile
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -40,9 +42,10 @@ def load_config(
 
     check_remote_code(role, revision, remote_code)
     check_gguf(role, gguf_file)
-    options = _gguf(gguf_file)
     try:
-        return AutoConfig.from_pretrained(_expanded(model), revision=revision, trust_remote_code=remote_code, **options)
+        if gguf_file:
+            return _gguf_config(model, gguf_file, revision)
+        return AutoConfig.from_pretrained(_expanded(model), revision=revision, trust_remote_code=remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable(role, model, "configuration", error) from error
 
@@ -52,6 +55,24 @@ def check_gguf(role: str, gguf_file: str | None) -> None:
     missing = [name for name in GGUF_PACKAGES if find_spec(name) is None] if gguf_file else []
     if missing:
         raise Refusal(f"{role}.gguf_file needs {' and '.join(missing)}: pip install 'tailkd[gguf]'")
+
+
+def _gguf_config(model: str, gguf_file: str, revision: str | None) -> Any:
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(_expanded(model), gguf_file, revision=revision)
+    assert found is not None
+    path = Path(found).resolve()
+    told = path.stat()
+    return copy.deepcopy(_parsed_header(path, told.st_size, told.st_mtime_ns))
+
+
+@lru_cache(maxsize=16)
+def _parsed_header(path: Path, size: int, mtime_ns: int) -> Any:
+    """The configuration in a GGUF file; parsing takes seconds, size and time tell whether it is the same file still."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
 
 
 def _gguf(gguf_file: str | None) -> dict[str, Any]:
@@ -125,8 +146,11 @@ def load_model(
     check_gguf(role, gguf_file)
     options = _gguf(gguf_file)
     if gguf_file:
-        from transformers import GgufConfig
+        from transformers import GgufConfig, modeling_gguf_pytorch_utils
+        from transformers.utils import logging
 
+        # Its bar alone does not heed transformers' own switch for progress bars.
+        modeling_gguf_pytorch_utils.tqdm = logging.tqdm  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
         options["quantization_config"] = GgufConfig(dequantize=True)
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]

@@ -20,7 +20,7 @@ from tailkd.objective.blockwise import Blockwise
 from tailkd.objective.head import Head
 from tailkd.objective.layout import Layout
 from tailkd.objective.settings import Objective
-from tailkd.objective.sides import Mixture, Side, teacher_side
+from tailkd.objective.sides import Mixture, Side, side_of
 from tailkd.objective.signal import Dense
 from tailkd.objective.work import Work, wide_dtype
 
@@ -69,7 +69,7 @@ class _Chunked(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         with torch.autocast(hidden.device.type, enabled=False):
             layout = layout.to(labels.device)
-            side = None if teacher is None else teacher_side(teacher, layout.valid, wide_dtype(hidden))
+            side = None if teacher is None else side_of(teacher, layout.valid, wide_dtype(hidden))
             student = Side.of(student, layout.valid)
             work = Work.of(student, side, labels, token_weights, objective, layout, gradient=any(needs))
             gradients = _Gradients.like(work, hidden, weight, bias, needs)
@@ -126,11 +126,12 @@ def _run(work: Work, gradients: _Gradients, engine: Engine) -> None:
         del student, teacher  # else two chunks live while the next is made
 
 
-def _positions(student: Side, teacher: Side | Mixture | None) -> int:
+def _positions(student: Side | Mixture, teacher: Side | Mixture | None) -> int:
     """How many positions a chunk may hold."""
-    budget = CHUNK_BYTES.get(student.hidden.device.type, CHUNK_BYTES["cuda"])
+    one = student if isinstance(student, Side) else student.sides[0]
+    budget = CHUNK_BYTES.get(one.hidden.device.type, CHUNK_BYTES["cuda"])
     per_id = student.bytes_per_id + (teacher.bytes_per_id if teacher is not None else 0)
-    return max(1, budget // (per_id * student.weight.shape[0]))
+    return max(1, budget // (per_id * one.weight.shape[0]))
 
 
 @dataclass(slots=True)
@@ -190,13 +191,13 @@ def _accumulate(total: Tensor, products: Tensor, hidden: Tensor, started: bool) 
 
 
 def logits_in_blocks(
-    student: Head, teacher: Head | Dense | None, layout: Layout, rows: int
+    student: Head | Dense, teacher: Head | Dense | None, layout: Layout, rows: int
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Float32 logits of both sides, at most `rows` valid positions at a time; the caller may overwrite them."""
     valid = layout.to(student.hidden.device).valid
     wide = wide_dtype(student.hidden)
-    ours = Side.of(student, valid)
-    theirs = None if teacher is None else teacher_side(teacher, valid, wide)
+    ours = side_of(student, valid, wide)
+    theirs = None if teacher is None else side_of(teacher, valid, wide)
     for start in range(0, layout.count, limit := _positions(ours, theirs)):
         stop = min(start + limit, layout.count)
         chunk = ours.products(start, stop)
@@ -221,7 +222,7 @@ def cross_entropies(head: Head | Dense, labels: Tensor, layout: Layout) -> Tenso
     expected = labels.flatten().index_select(0, layout.valid).unsqueeze(1)
     with torch.autocast(labels.device.type, enabled=False):
         wide = wide_dtype(head.hidden if isinstance(head, Head) else head.heads[0].hidden)
-        side = teacher_side(head, layout.valid, wide)
+        side = side_of(head, layout.valid, wide)
         found = torch.empty(layout.count, dtype=wide, device=labels.device)
         budget = SCORED_BYTES.get(labels.device.type, SCORED_BYTES["cuda"])
         size = max(1, budget // ((side.bytes_per_id + wide.itemsize) * head.vocabulary_size))

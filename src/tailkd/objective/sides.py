@@ -93,8 +93,8 @@ class Mixture:
         return products.clamp_(min=LOW)
 
 
-def teacher_side(signal: Head | Dense, valid: Tensor, wide: torch.dtype) -> Side | Mixture:
-    """A teacher's products; of one head without folded ids only the usable rows are multiplied."""
+def side_of(signal: Head | Dense, valid: Tensor, wide: torch.dtype) -> Side | Mixture:
+    """A signal's products; of one head without folded ids only the usable rows are multiplied."""
     if isinstance(signal, Head):
         return Side.of(signal, valid)
     if len(signal.heads) == 1 and not signal.fold and isinstance(signal.usable, int | None):

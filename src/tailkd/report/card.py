@@ -11,14 +11,14 @@ from tailkd.report.record import Run
 
 def write_card(run: Run) -> Path:
     """README.md in the run folder."""
-    recipe, teacher = run.recipe, run.recipe["teacher"]
+    recipe = run.recipe
     objective = ", ".join(f"{key} {value}" for key, value in recipe["objective"].items())
     header = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     rows = [f"| {line.name} | " + " | ".join(line.cell(c) for c in COLUMNS) + " |" for line in lines([run])]
     text = [
         f"# {run.name}",
         "",
-        f"A student of `{teacher['model'] if teacher else 'no teacher'}`, {_start(recipe['student'])}, "
+        f"A student of {run.taught_by}, {_start(recipe['student'])}, "
         f"distilled with tailkd {run.environment['versions']['tailkd']}.",
         "",
         f"- corpus: `{recipe['data']['train']['path'] or recipe['data']['train']['hub']}`",
@@ -41,6 +41,8 @@ def write_card(run: Run) -> Path:
 
 def _start(student: dict[str, Any]) -> str:
     made = student.get("from_teacher")
+    if student.get("run"):
+        return f"started from the student of the run `{student['run']}`"
     if not made:
         return f"started from `{student['model']}`"
     changed = {"layers", "hidden_size", "intermediate_size", "head_dim", "kv_heads", "attention", "mlp", "embeddings"}

@@ -19,11 +19,12 @@ SIZE = (4.0, 2.9)  # inches; 384 CSS pixels wide
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing, its title, and what it shows in words."""
+    """A drawing, its title, what it shows in words; a sentence below it for all to see."""
 
     title: str
     svg: str
     words: str
+    note: str = ""
 
 
 def charts(runs: Sequence[Run]) -> list[Chart]:
@@ -85,8 +86,14 @@ def _tail_mass(runs: Sequence[Run]) -> Chart:
 
     shown = {**models, **({"teacher": teacher} if teacher else {})}
     ends = ", ".join(f"{name} {measures['tail_mass']['10']:.3f}" for name, measures in shown.items())
-    return Chart(
-        "Tail mass against K", _svg(draw), f"Probability mass outside the teacher's K first ids; at K = 10 {ends}."
+    words = f"Probability mass outside the teacher's K first ids; at K = 10 {ends}."
+    return Chart("Tail mass against K", _svg(draw), words, "" if teacher is None else _mismatch(teacher))
+
+
+def _mismatch(teacher: dict[str, Any]) -> str:
+    return (
+        f"The teacher's mismatch rate is {100 * teacher['mismatch_rate']:.1f} %: at that share of positions its first "
+        "choice is not the token that the held-out text has there."
     )
 
 

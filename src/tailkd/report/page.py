@@ -29,6 +29,7 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "title": first.name if len(runs) == 1 else f"{len(runs)} students: {', '.join(run.name for run in runs)}",
         "many": len(runs) > 1,
+        "teachers": list(dict.fromkeys(run.taught_by for run in runs)),
         "findings": findings(runs),
         "warnings": warnings(runs),
         "columns": COLUMNS,
@@ -63,10 +64,10 @@ def _rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _samples(runs: Sequence[Run]) -> dict[str, Any]:
-    """The prompt, and (who, text) pairs: the teacher first, then every student."""
+    """The prompt, and (who, text) pairs: the teachers first, then every student."""
     first = runs[0].samples
-    teacher = [("teacher", first["teacher"])] if "teacher" in first else []
-    texts = [*teacher, *((run.name, run.samples["student"]) for run in runs)]
+    teachers = [(name, text) for name, text in first.items() if name.startswith("teacher")]
+    texts = [*teachers, *((run.name, run.samples["student"]) for run in runs)]
     return {"prompt": _readable(first["prompt"]), "texts": [(name, _readable(text)) for name, text in texts]}
 
 

@@ -38,6 +38,18 @@ class Run:
         return self.recipe["name"]
 
     @property
+    def taught_by(self) -> str:
+        """The teachers' names, of several with their shares of the mixture; "no teacher" without one."""
+        found = self.recipe.get("teacher")
+        if not found:
+            return "no teacher"
+        if isinstance(found, dict):
+            return str(found["model"])
+        total = sum(one["weight"] for one in found)
+        shares = (f"{100 * one['weight'] / total:.3g} % {one['model']}" for one in found)
+        return f"the mixture of {' and '.join(shares)}"
+
+    @property
     def student(self) -> Path:
         """Folder of the trained student, a plain save_pretrained."""
         return self.folder / "student"
@@ -107,9 +119,11 @@ class Stopped(Run):
 
 
 def flattened(values: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    """``{"a": {"b": 1}, "c": [{"d": 2}]}`` as ``{"a.b": 1, "c.0.d": 2}``."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
+        if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+            value = {str(place): one for place, one in enumerate(value)}
         flat |= flattened(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
     return flat
 
