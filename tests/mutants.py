@@ -59,8 +59,8 @@ MUTANTS = (
     Mutant(
         "an end token behind a text that was cut off",
         "data/tokens.py",
-        "*[tokenizer.eos_token_id] * document.finished",
-        "*[tokenizer.eos_token_id]",
+        "found.append(Encoded([*next(ids), *[end] * document.finished]))",
+        "found.append(Encoded([*next(ids), end]))",
         "tests/test_generate.py",
     ),
     Mutant(
@@ -329,8 +329,8 @@ MUTANTS = (
     ),
     Mutant(
         "files not synced",
-        "train/commit.py",
-        "os.fsync(file.fileno())",
+        "train/disk.py",
+        "os.fsync(self._file)",
         "pass",
         "tests/train/test_checkpoint.py",
     ),
@@ -546,6 +546,8 @@ MUTANTS = (
         'text.rpartition("boxed")',
         'text.partition("boxed")',
         "tests/evaluate",
+    ),
+    Mutant(
         "selection in the order of its scores",
         "data/select.py",
         'return np.sort(np.argsort(-differences, kind="stable")[:count])',
