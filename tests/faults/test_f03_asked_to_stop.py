@@ -17,9 +17,9 @@ from tailkd.errors import Preempted
 from tailkd.models.head import SplitModel
 from tailkd.report.record import Run
 
-# Forward passes of a run: 2 to prove the reading, 20 to measure both models before, then 4 a step (two micro-batches,
+# Forward passes of a run: 2 to prove the reading, 15 to measure both models before, then 4 a step (two micro-batches,
 # teacher and student), and 10 after every fourth step.
-PLACES = {"before": (3, 0), "the first step": (24, 0), "mid-step": (32, 2), "an evaluation": (43, 4), "late": (60, 7)}
+PLACES = {"before": (3, 0), "the first step": (19, 0), "mid-step": (27, 2), "an evaluation": (38, 4), "late": (55, 7)}
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -41,7 +41,7 @@ def test_the_clock(recipe: dict[str, Any], whole: Run, monkeypatch: pytest.Monke
     recipe["training"]["stop_after"] = "1m30s"
     real = time.monotonic
     with monkeypatch.context() as patch:
-        later = running.on_call(31, lambda: patch.setattr(time, "monotonic", lambda: real() + 91))
+        later = running.on_call(26, lambda: patch.setattr(time, "monotonic", lambda: real() + 91))
         patch.setattr(SplitModel, "__call__", later)
         with pytest.raises(Preempted, match=r"training.stop_after is over; .* \(step 2\)"):
             tailkd.distill(recipe)
@@ -79,7 +79,7 @@ def test_a_second_sigint_ends_at_once(recipe: dict[str, Any]) -> None:
         "import os, signal, sys, time, json\nimport running, tailkd\nfrom tailkd.models.head import SplitModel\n"
         "def twice():\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(0.2)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
-        "SplitModel.__call__ = running.on_call(40, twice)\ntailkd.distill(json.loads(sys.argv[1]))\n"
+        "SplitModel.__call__ = running.on_call(35, twice)\ntailkd.distill(json.loads(sys.argv[1]))\n"
     )
     code = f"import sys; sys.path.insert(0, {str(Path(running.__file__).parent)!r})\n{code}"
     started = time.monotonic()

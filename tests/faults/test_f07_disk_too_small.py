@@ -52,7 +52,7 @@ def test_what_lies_there_already_is_not_needed_again(
     disk = disk_of(f"{bytes_of_a_run(whole, 2) // 1024 + 200}k")
     recipe["out"] = str(disk / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(SplitModel, "__call__", running.on_call(60, running.send(signal.SIGTERM)))
+        patch.setattr(SplitModel, "__call__", running.on_call(55, running.send(signal.SIGTERM)))
         with pytest.raises(Preempted):
             tailkd.distill(recipe)
     assert len(list((disk / "run" / "checkpoints").glob("step-*"))) == 2

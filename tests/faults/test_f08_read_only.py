@@ -105,7 +105,7 @@ from faults import test_f08_read_only as faults
 from tailkd import cli
 from tailkd.models.head import SplitModel
 checkpoint = Path(json.loads(Path(sys.argv[1]).read_text())["out"]) / "checkpoints" / "step-000000003"
-SplitModel.__call__ = running.on_call(36, lambda: faults.cover_after(checkpoint))
+SplitModel.__call__ = running.on_call(31, lambda: faults.cover_after(checkpoint))
 sys.argv = ["tailkd", "distill", sys.argv[1]]
 cli.main()
 """

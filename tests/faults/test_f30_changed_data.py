@@ -20,7 +20,7 @@ from tailkd.report.record import Run
 
 def interrupted(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(SplitModel, "__call__", running.on_call(45, running.send(signal.SIGTERM)))
+        patch.setattr(SplitModel, "__call__", running.on_call(40, running.send(signal.SIGTERM)))
         with pytest.raises(Preempted):
             tailkd.distill(recipe)
 

@@ -57,6 +57,6 @@ def test_other_errors_are_not_memory(recipe: dict[str, Any], monkeypatch: pytest
     def fails() -> None:
         raise RuntimeError("shapes do not fit")
 
-    monkeypatch.setattr(SplitModel, "__call__", running.on_call(30, fails))
+    monkeypatch.setattr(SplitModel, "__call__", running.on_call(25, fails))
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         tailkd.distill(recipe)

@@ -38,7 +38,7 @@ def test_f42_a_crash_says_what_and_where_and_no_secret(
     file.write_text(json.dumps(recipe))
     monkeypatch.setattr(sys, "argv", ["tailkd", "distill", str(file)])
     with monkeypatch.context() as patch:
-        patch.setattr(SplitModel, "__call__", running.on_call(37, fails))
+        patch.setattr(SplitModel, "__call__", running.on_call(32, fails))
         with pytest.raises(SystemExit) as ended:
             cli.main()
     assert ended.value.code == 1
@@ -84,7 +84,7 @@ def test_f42_secrets_in_a_recipe(
     """Interrupted, resumed and finished: masked in every file and message, and the same run all the same."""
     folder = Path(with_secrets["out"])
     with monkeypatch.context() as patch:
-        patch.setattr(SplitModel, "__call__", running.on_call(40, running.send(signal.SIGTERM)))
+        patch.setattr(SplitModel, "__call__", running.on_call(35, running.send(signal.SIGTERM)))
         with pytest.raises(Preempted):
             tailkd.distill(with_secrets)
     for _ in ("resumed", "finished already"):

@@ -103,7 +103,7 @@ def sum_gradients(split: SplitModel, teacher: LiveTeacher, rows: range, divisor:
     ids, labels = whole_batch()
     for row in rows:
         place = slice(row, row + 1)
-        signal = teacher(SimpleNamespace(input_ids=ids[place]))
+        signal = teacher(SimpleNamespace(input_ids=ids[place], position_ids=None))
         loss = distillation_loss(split(ids[place]), signal, labels[place], objective=OBJECTIVE)
         loss.mean(divisor).backward()
 
@@ -135,7 +135,7 @@ def teacher_errors(rank: int, root: dict[str, Any]) -> dict[str, float]:
     found = []
     for model in (teacher_of(), shard(teacher_of(), **root)):
         teacher = LiveTeacher(model, usable=USABLE)
-        signal = [teacher(SimpleNamespace(input_ids=ids)) for _ in range(2)][-1]
+        signal = [teacher(SimpleNamespace(input_ids=ids, position_ids=None)) for _ in range(2)][-1]
         loss = distillation_loss(split(ids), signal, labels, objective=OBJECTIVE)
         found.append((loss.sum, torch.stack([tally.sum for tally in loss.parts.values()])))
     (loss, parts), (shared_loss, shared_parts) = found
