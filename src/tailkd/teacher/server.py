@@ -173,6 +173,9 @@ class Server:
             headers["Authorization"] = f"Bearer {key}"
         self._open.add(connection)
         try:
+            connection.connect()
+            if self._stopped.is_set():  # it was not connected yet when all others were closed
+                raise OSError("stopped")
             content = None if body is None else json.dumps(body).encode()
             connection.request(method, parts.path.rstrip("/").removesuffix("/v1") + path, content, headers)
             answer = connection.getresponse()
