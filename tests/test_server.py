@@ -100,6 +100,7 @@ def serving(
         def log_message(self, *arguments: object) -> None: ...
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        http.handle_error = lambda *arguments: None  # a client that has gone away
         thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         stub.url = f"http://127.0.0.1:{http.server_address[1]}"
