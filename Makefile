@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo demo-pretrained test test-all test-real test-faults test-recipes test-browser mutants check format bench tables \
+.PHONY: demo demo-pretrained test test-all test-real test-faults test-recipes test-browser mutants check format bench bench-data tables \
   docs clean
 
 demo: $(VENV)/base.stamp  ## corpus, teacher and five students on this machine; opens no connection
@@ -47,6 +47,9 @@ format: $(VENV)/dev.stamp
 bench: $(VENV)/bench.stamp  ## measured rows into benchmarks/results
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/objective.py --dtype float32
+
+bench-data: $(VENV)/bench.stamp  ## preparing 1 GB of text: throughput, memory, a kill; DATA_BYTES=1e8 makes less
+	$(BIN)/python benchmarks/data.py --bytes $(or $(DATA_BYTES),1e9)
 
 tables: $(VENV)/base.stamp  ## the paper's parameters, operations and hours beside ours
 	$(BIN)/python -m tailkd.ledger.tables

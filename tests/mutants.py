@@ -58,7 +58,7 @@ MUTANTS = (
     ),
     Mutant(
         "an end token behind a text that was cut off",
-        "data/tokens.py",
+        "data/encoding.py",
         "found.append(Encoded([*next(ids), *[end] * document.finished]))",
         "found.append(Encoded([*next(ids), end]))",
         "tests/test_generate.py",

@@ -43,6 +43,7 @@ def test_the_verbs_are_these() -> None:
         "distill",
         "sweep",
         "generate",
+        "prepare",
         "shrink",
         "evaluate",
         "report",

@@ -294,6 +294,20 @@ def check(
 
 
 @app.command()
+def prepare(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) -> None:
+    """Tokenise the corpora of a recipe on all cores, or go on with it; `distill` does it too where it is not done."""
+    from tailkd import recipe_file
+
+    checked = recipe_file.read(recipe, recipe_file.parse_overrides(overrides or []))
+    from tailkd.preparation import prepared
+    from tailkd.report.table import print_tree
+
+    _quiet()
+    found = prepared(checked, lambda message: print(message, file=sys.stderr))
+    print(json.dumps(found, indent=1)) if json_ else print_tree(found)
+
+
+@app.command()
 def ledger(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) -> None:
     """Parameters, FLOPs, memory, disk, hours of a run, from model configurations alone."""
     from tailkd import recipe_file

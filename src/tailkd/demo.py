@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from tailkd import recipe_file
-from tailkd.data.packing import IGNORED, Rows
+from tailkd.corpora import prepare
+from tailkd.data.mixture import AnyRows
+from tailkd.data.packing import IGNORED
 from tailkd.pair import read_vocabulary
-from tailkd.parts import prepare
 from tailkd.report.page import write_page
 from tailkd.report.record import Run
 from tailkd.run import distill
@@ -165,6 +166,6 @@ def _unigram(out: Path, corpus: Path, teacher: Path, start: Path) -> float:
     return float(-(seen * np.log(counts / counts.sum())).sum() / seen.sum())
 
 
-def _counts(rows: Rows, size: int) -> np.ndarray:
+def _counts(rows: AnyRows, size: int) -> np.ndarray:
     labels = np.concatenate([rows[i].labels for i in range(len(rows))])
     return np.bincount(labels[labels != IGNORED], minlength=size).astype(np.float64)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from tailkd import pair, recipe_file
+from tailkd.corpora import Say, source
 from tailkd.data import tokens
 from tailkd.errors import Refusal
 from tailkd.models import precision
 from tailkd.pair import Vocabulary
-from tailkd.parts import Say, source
 from tailkd.prompts import Prompts, prompt_source
 from tailkd.recipe import Recipe
 from tailkd.report.record import Run

@@ -12,14 +12,16 @@ import numpy as np
 
 from tailkd import folder, pair
 from tailkd.bill import bill, settled
+from tailkd.corpora import check_saved_tokenizer, overlap_of, packed, source, told_cut
 from tailkd.data import tokens
 from tailkd.data.chat import Encoded
 from tailkd.data.corpus import BadRecords, Document, Source
+from tailkd.data.encoding import encode
 from tailkd.data.packing import IGNORED, Rows
 from tailkd.errors import Refusal
 from tailkd.pair import Vocabulary
-from tailkd.parts import check_saved_tokenizer, packed, source, told_cut
 from tailkd.recipe import Recipe
+from tailkd.recipe_data import TrainSource
 from tailkd.recipe_problems import Problem, RecipeRefusal
 from tailkd.report.record import Run
 
@@ -50,7 +52,7 @@ def check(recipe: Recipe, refused: RecipeRefusal | None = None) -> dict[str, Any
 
     budget = tried("training", lambda: settled(recipe))
     shared = tried("vocabulary", lambda: pair.read_vocabulary(recipe))
-    corpus = None if shared is None else tried("data", lambda: _corpus(recipe, shared))
+    corpus = None if shared is None else tried("data", lambda: _corpora(recipe, shared))
     made_out = None if budget is None else tried("student", lambda: bill(budget, usable=shared and shared.usable))
     if budget is not None:
         tried("out", lambda: folder.already_finished(budget, Run(budget.folder)))
@@ -65,7 +67,7 @@ def check(recipe: Recipe, refused: RecipeRefusal | None = None) -> dict[str, Any
         "steps": budget.steps,
         "tokens": budget.tokens,
         "vocabulary": _vocabulary(recipe, shared),
-        "corpus": corpus,
+        "corpus": _with_epochs(budget, corpus),
         "licences": _licences(recipe),
         **made_out.as_dict(),
     }
@@ -85,26 +87,58 @@ def _vocabulary(recipe: Recipe, shared: Vocabulary) -> dict[str, Any]:
     }
 
 
-def _corpus(recipe: Recipe, shared: Vocabulary) -> dict[str, Any]:
-    bad, corpus = BadRecords(), source(recipe.data.train)
+def _corpora(recipe: Recipe, shared: Vocabulary) -> dict[str, Any]:
+    """A sample of the corpus, or of each."""
+    found = {
+        name: _corpus(recipe, shared, one) for name, one in zip(recipe.data.names, recipe.data.sources, strict=True)
+    }
+    if len(found) == 1:
+        return next(iter(found.values()))
+    counts = [one["tokens"] for one in found.values()]
+    total = None if None in counts else sum(counts)
+    return {"sources": found, "tokens": total, "exact": all(one["exact"] for one in found.values())}
+
+
+def _with_epochs(budget: Recipe, corpus: dict[str, Any]) -> dict[str, Any]:
+    """How often the run sees each corpus, from the tokens counted or estimated; None where they are not known."""
+    fraction = budget.data.heldout.fraction or 0.0
+    total = corpus["tokens"]
+
+    def epochs(tokens: int | None, seen: float) -> float | None:
+        return None if not tokens else seen / (tokens * (1 - fraction))
+
+    if "sources" not in corpus:
+        return {**corpus, "epochs": epochs(total, budget.tokens)}
+    weights = [source.weight for source in budget.data.sources]
+    shares = [None if weight is None else weight / sum(w or 0 for w in weights) for weight in weights]
+    for one, share in zip(corpus["sources"].values(), shares, strict=True):
+        one["epochs"] = epochs(total, budget.tokens) if share is None else epochs(one["tokens"], share * budget.tokens)
+    return corpus
+
+
+def _corpus(recipe: Recipe, shared: Vocabulary, section: TrainSource) -> dict[str, Any]:
+    bad, corpus = BadRecords(), source(section)
     documents = corpus.documents(bad)
     sample = list(islice(documents, SAMPLE))
     tokens.refuse_bad(bad, len(sample), recipe.data.max_bad, corpus)
     check_saved_tokenizer(recipe, shared, corpus)
     encoded = [
         (document, ids)
-        for document, ids in zip(sample, tokens.encode(shared.tokenizer, sample), strict=True)
+        for document, ids in zip(sample, encode(shared.tokenizer, sample), strict=True)
         if _usable(document, ids, bad)
     ]
     tokens.refuse_bad(bad, len(encoded), recipe.data.max_bad, corpus)
     store = tokens.held([ids for _, ids in encoded])
     rows = packed(recipe, shared, store, np.arange(len(encoded)))
     learned = rows.tokens if store.loss is None else int(store.loss.sum())
+    overlap = overlap_of(recipe)
+    found = {} if overlap is None else {"sampled_overlaps": sum(overlap.found(d.text) for d, _ in encoded)}
     return {
         "sampled_documents": len(encoded),
         "sampled_tokens": rows.tokens,
         "sampled_tokens_learned": learned,
-        "tokens": rows.tokens if len(sample) < SAMPLE else _estimated(corpus, sample, rows.tokens),
+        **found,
+        "tokens": _limited(section, rows.tokens if len(sample) < SAMPLE else _estimated(corpus, sample, rows.tokens)),
         "exact": len(sample) < SAMPLE,
         "longer_than_context": told_cut(rows) if rows.cut or rows.dropped else None,
         "bad_records": bad.counts,
@@ -119,9 +153,14 @@ def _usable(document: Document, encoded: Encoded, bad: BadRecords) -> bool:
     return encoded.unusable is None
 
 
+def _limited(section: TrainSource, counted: int | None) -> int | None:
+    """No more than the source's own limit, which also stands where the number is not known."""
+    return counted if section.tokens is None else min(counted or section.tokens, section.tokens)
+
+
 def _estimated(corpus: Source, sample: list[Document], counted: int) -> int | None:
     """Tokens of files by their size, from those of the sample; None for a hub data set or packed files."""
-    if corpus.path is None or any(path.suffix in (".gz", ".parquet") for path in corpus.files()):
+    if corpus.path is None or any(path.suffix in (".gz", ".parquet", ".zip") for path in corpus.files()):
         return None
     letters = sum(len(document.text.encode()) for document in sample)
     return round(counted / letters * sum(path.stat().st_size for path in corpus.files()))

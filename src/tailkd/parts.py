@@ -5,34 +5,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 import xxhash
 
 from tailkd import folder, pair, selection
-from tailkd.data import packing, tokens
+from tailkd.corpora import Say, counted, prepare
 from tailkd.data.batches import evaluation_batches, rows_per_rank
-from tailkd.data.corpus import BadRecords, Source
-from tailkd.data.documents import DocumentRows
-from tailkd.data.packing import Rows
+from tailkd.data.mixture import AnyRows, Mixture, parts_of, row_shown
 from tailkd.errors import Refusal
 from tailkd.evaluate.heldout import HeldOut
 from tailkd.evaluate.heldout import evaluate as evaluate_heldout
 from tailkd.models import load, precision
 from tailkd.models.head import PROJECTIONS, SplitModel
 from tailkd.objective.hidden import Hidden, projections
-from tailkd.pair import Vocabulary
 from tailkd.recipe import Recipe
-from tailkd.recipe_data import Source as SourceSection
 from tailkd.teacher.live import LiveTeacher, LiveTeachers, Teacher
 from tailkd.train.parallel import place_teacher, shard
 from tailkd.train.ranks import ALONE, Ranks
 from tailkd.train.step import nothing_asked
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -43,8 +35,8 @@ class Parts:
     tokenizer: Any
     student: SplitModel
     teacher: Teacher | None
-    train_rows: Rows
-    heldout_rows: Rows
+    train_rows: AnyRows
+    heldout_rows: AnyRows
     hidden: Hidden | None = None
     ranks: Ranks = ALONE
 
@@ -52,7 +44,7 @@ class Parts:
     def fingerprint(self) -> str:
         """Of the documents on both sides of the split, the tokenizer and what scores chose: a resumed run's too."""
         digest = xxhash.xxh3_128()
-        for rows in (self.train_rows, self.heldout_rows):
+        for rows in (*parts_of(self.train_rows), *parts_of(self.heldout_rows)):
             digest.update(rows.store.hashes[rows.documents].tobytes())
             made_of = rows.store.manifest["made_of"]
             digest.update(str(made_of["tokenizer"]).encode())
@@ -63,20 +55,27 @@ class Parts:
 
     @property
     def data(self) -> dict[str, Any]:
-        """What the corpus gave: documents and tokens on both sides of the split, and what was skipped.
+        """What the corpora gave: documents and tokens on both sides of the split, epochs, and what was skipped.
 
         cut, dropped: of the documents, examples longer than a row; see `tailkd.data.documents.DocumentRows`.
         """
-        sides = {"train": self.train_rows, "heldout": self.heldout_rows}
-        stores = {rows.store.folder: rows.store.manifest for rows in (self.train_rows, self.heldout_rows)}
+        sides = (*parts_of(self.train_rows), *parts_of(self.heldout_rows))
+        stores = {rows.store.folder: rows.store.manifest for rows in sides}
         return {
-            **{
-                side: {"documents": len(r.documents), "tokens": r.tokens, "cut": r.cut, "dropped": r.dropped}
-                for side, r in sides.items()
-            },
+            "train": counted(self.train_rows),
+            "heldout": counted(self.heldout_rows),
+            "sources": self._sources,
             "skipped": sum((Counter(manifest["skipped"]) for manifest in stores.values()), Counter()),
             "skipped_named": [name for manifest in stores.values() for name in manifest["skipped_named"]],
         }
+
+    @property
+    def _sources(self) -> dict[str, dict[str, Any]]:
+        """By name: documents and tokens to train on, and how often the run sees them."""
+        rows, samples = self.train_rows, self.recipe.steps * self.recipe.training.batch_size
+        epochs = rows.epochs(samples) if isinstance(rows, Mixture) else [samples / len(rows)]
+        named = zip(self.recipe.data.names, parts_of(rows), epochs, strict=True)
+        return {name: {**counted(part), "epochs": times} for name, part, times in named}
 
     def measure(self, student: SplitModel | Teacher, heed: Callable[[], None] = nothing_asked) -> HeldOut:
         """Held-out measures of `student`, or of the teacher itself, against the teacher.
@@ -85,7 +84,15 @@ class Parts:
         """
         settings = self.recipe.evaluate
         batches = evaluation_batches(self.heldout_rows, tokens=settings.tokens, batch_size=settings.batch_size)
-        return evaluate_heldout(student, self.teacher, batches, top_k=settings.top_k, ranks=self.ranks, heed=heed)
+        return evaluate_heldout(
+            student, self.teacher, batches, top_k=settings.top_k, ranks=self.ranks, heed=heed, group=self._group
+        )
+
+    @property
+    def _group(self) -> Callable[[int], str] | None:
+        """The source of a held-out sample, where there are several."""
+        rows = self.heldout_rows
+        return (lambda s: rows.names[rows.source_of(row_shown(rows, s, 0))]) if isinstance(rows, Mixture) else None
 
 
 def build(
@@ -166,85 +173,3 @@ def _run_bytes(recipe: Recipe) -> int:
     config = pair.configurations(recipe)[1]
     parameters = load.count_parameters(config, remote_code=recipe.student.remote_code)
     return 4 * parameters * (3 * (recipe.training.keep_checkpoints + 1) + 1)
-
-
-def prepare(recipe: Recipe, shared: Vocabulary, say: Say) -> tuple[Rows, Rows]:
-    """Training rows and held-out rows, from token stores that are made where they do not lie ready."""
-    data, own = recipe.data, recipe.data.heldout.fraction is None
-    corpus = source(data.train)
-    check_saved_tokenizer(recipe, shared, corpus)
-    store_folder = folder.store(recipe)
-
-    def store(section: Source) -> tokens.TokenStore:
-        return tokens.prepare(
-            section, shared.tokenizer, store_folder, usable=shared.usable, max_bad=data.max_bad, say=say
-        )
-
-    def rows(of: tokens.TokenStore, documents: np.ndarray) -> Rows:
-        return packed(recipe, shared, of, documents)
-
-    corpus_store = store(corpus)
-    if own:
-        heldout_store = store(source(data.heldout))
-        training = packing.without(corpus_store.hashes, heldout_store.hashes)
-        heldout = np.arange(len(heldout_store))
-    else:
-        heldout_store = corpus_store
-        training, heldout = packing.split(corpus_store.hashes, data.heldout.fraction or 0.0)
-    train_rows, heldout_rows = rows(corpus_store, training), rows(heldout_store, heldout)
-    _refuse_split(train_rows, heldout_rows)
-    say(
-        f"data: {len(training):,} documents, {train_rows.tokens:,} tokens to train on; "
-        f"{len(heldout):,} documents, {heldout_rows.tokens:,} tokens held out"
-    )
-    for side in (train_rows, heldout_rows):
-        if side.cut or side.dropped:
-            say(f"data: {told_cut(side)}")
-    skipped = corpus_store.manifest["skipped"]
-    if skipped:
-        say("data: skipped " + ", ".join(f"{count:,} records: {reason}" for reason, count in skipped.items()))
-    return train_rows, heldout_rows
-
-
-def packed(recipe: Recipe, shared: Vocabulary, store: tokens.TokenStore, documents: np.ndarray) -> Rows:
-    """Documents of a store in rows, as the recipe packs them."""
-    kind = DocumentRows if recipe.data.packing == "documents" else Rows
-    end = shared.tokenizer.eos_token_id
-    return kind(store, documents, context=recipe.data.context, begin=shared.begin, end=end)
-
-
-def told_cut(rows: Rows) -> str:
-    """What became of the examples that are longer than a row."""
-    return (
-        f"{rows.cut + rows.dropped:,} of {len(rows.documents):,} examples are longer than data.context = "
-        f"{rows.context:,}: {rows.cut:,} lost the left of their prompt, {rows.dropped:,} without room for a whole "
-        "answer are left out"
-    )
-
-
-def source(section: SourceSection) -> Source:
-    """The corpus that a recipe's section names."""
-    values = section.model_dump(exclude={"fraction"})
-    return Source(**values)
-
-
-def check_saved_tokenizer(recipe: Recipe, shared: Vocabulary, corpus: Source) -> None:
-    """Refuse a tokenizer that the student's folder would not give back; see `load.check_saved_tokenizer`."""
-    config = pair.configurations(recipe)[1]
-    texts = [document.text[:2000] for document in islice(corpus.documents(BadRecords()), 100)]
-    load.check_saved_tokenizer(shared.tokenizer, config, texts)
-
-
-def _refuse_split(train_rows: Rows, heldout_rows: Rows) -> None:
-    for name, rows in (("train on", train_rows), ("hold out", heldout_rows)):
-        if rows.predicted < 1:
-            dropped = f" ({told_cut(rows)})" if rows.dropped else ""
-            raise Refusal(
-                f"no token is left to {name}: {len(rows.documents):,} documents with {rows.tokens:,} tokens{dropped}; "
-                "give more text, a longer context, or documents that are not all held out as well"
-            )
-    if heldout_rows.store is not train_rows.store and heldout_rows.tokens > train_rows.tokens:
-        raise Refusal(
-            f"data.heldout has {heldout_rows.tokens:,} tokens, more than the {train_rows.tokens:,} to train on; hold "
-            "fewer out (the two may have been exchanged)"
-        )

@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 
 from tailkd import pair
+from tailkd.corpora import source
 from tailkd.data import packing, tokens
 from tailkd.data.corpus import BadRecords, Document, Source
 from tailkd.errors import Refusal
 from tailkd.pair import Vocabulary
-from tailkd.parts import source
 from tailkd.recipe import Recipe
 from tailkd.recipe_generate import Generate
 from tailkd.teacher.rollout import HALF_A_CHARACTER, Prompt
 
+BATCH = 256  # texts that are tokenised at once
 SAMPLE = 100  # records that are looked at before a model is loaded
 
 
@@ -56,7 +57,7 @@ class Prompts:
 
     def _usable(self) -> Iterator[tuple[Document, list[int], str]]:
         documents = self.source.documents(self.bad)
-        while batch := list(islice(documents, tokens.BATCH)):
+        while batch := list(islice(documents, BATCH)):
             texts = [self.asked.template.replace("{prompt}", document.text) for document in batch]
             encoded = self.shared.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
             for document, ids in zip(batch, encoded, strict=True):
@@ -87,7 +88,7 @@ def prompt_source(recipe: Recipe) -> Source:
     """The corpus that prompts are taken of."""
     assert recipe.generate is not None
     given = recipe.generate.prompts
-    return source(recipe.data.train) if given is None else Source(path=given.path, text=given.text)
+    return source(recipe.data.sources[0]) if given is None else Source(path=given.path, text=given.text)
 
 
 def _room(recipe: Recipe, begin: int) -> int | None:

@@ -227,7 +227,9 @@ class Recipe(Section):
         values = self.model_dump(mode="json")
         unread = [k for k, readers in READERS.items() if self.objective.divergence not in readers]
         values["objective"] = {k: v for k, v in values["objective"].items() if k not in unread}
-        for corpus in (values["data"]["train"], values["data"]["heldout"]):
+        data = values["data"]
+        trained = data["train"] if isinstance(data["train"], list) else [data["train"]]
+        for corpus in (*trained, data["heldout"], *(data["overlap"] or {"sets": ()})["sets"]):
             if corpus["prompt"] or corpus["messages"]:
                 del corpus["text"]
         return values
@@ -250,6 +252,7 @@ COSMETIC = (
     "teacher.sharded",
     "data.store",
     "data.max_bad",
+    "data.processes",
     "training.micro_batch_size",
     "training.save_every_tokens",
     "training.keep_checkpoints",

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from tailkd.recipe import READERS, MatchFlops, Recipe
-from tailkd.recipe_data import HeldOut
+from tailkd.recipe_data import HeldOut, Source
 from tailkd.recipe_models import Model
 from tailkd.report.record import Run
 
@@ -70,8 +70,10 @@ def _one_of(key: str, given: dict[str, object]) -> Problems:
 
 
 def _alternatives(recipe: Recipe) -> Problems:
-    train, heldout, training = recipe.data.train, recipe.data.heldout, recipe.training
-    problems = _one_of("data.train", {"path": train.path, "hub": train.hub})
+    heldout, training = recipe.data.heldout, recipe.training
+    problems = []
+    for key, source in _sources(recipe):
+        problems += _one_of(key, {"path": source.path, "hub": source.hub})
     own = {"path": heldout.path, "hub": heldout.hub, "fraction": heldout.fraction is not None}
     problems += _one_of("data.heldout", own)
     budgets = {"tokens": training.tokens, "flops": training.flops, "hours": training.hours}
@@ -89,7 +91,7 @@ FORMS = "expected text, or prompt and completion, or messages"
 
 def _forms(recipe: Recipe) -> Problems:
     problems = []
-    for key, source in (("data.train", recipe.data.train), ("data.heldout", recipe.data.heldout)):
+    for key, source in (*_sources(recipe), ("data.heldout", recipe.data.heldout)):
         asked, chats = source.prompt or source.completion, source.messages
         forms = {"text": "text" in source.model_fields_set, "prompt and completion": asked, "messages": chats}
         named = [name for name, given in forms.items() if given]
@@ -126,6 +128,20 @@ def _remote_code(recipe: Recipe) -> Problems:
     ]
 
 
+def _mixture(recipe: Recipe) -> Problems:
+    sources, names, problems = recipe.data.sources, recipe.data.names, []
+    weighted = [source.weight is not None for source in sources]
+    if len(sources) == 1 and weighted[0]:
+        problems.append(("data.train", "weight has no meaning for a single source; remove it"))
+    elif any(weighted) and not all(weighted):
+        without = ", ".join(name for name, has in zip(names, weighted, strict=True) if not has)
+        problems.append(("data.train", f"give all sources a weight, or none; {without} came without"))
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        problems.append(("data.train", f"two sources are called {', '.join(twice)}; give each its own name"))
+    return problems
+
+
 def _intervals(recipe: Recipe) -> Problems:
     tokens, training = recipe.training.tokens, recipe.training
     if not isinstance(tokens, int):
@@ -142,14 +158,16 @@ def _intervals(recipe: Recipe) -> Problems:
 
 
 def _selections(recipe: Recipe) -> Problems:
-    select, chosen, train = recipe.data.select, recipe.objective.tokens, recipe.data.train
+    select, chosen, sources = recipe.data.select, recipe.objective.tokens, recipe.data.sources
     problems = []
     if select is not None and chosen is not None:
         message = "does not go together with data.select: rows are chosen, or tokens of them; remove one"
         problems.append(("objective.tokens", message))
-    plain = recipe.data.packing == "rows" and train.prompt is None and train.messages is None
+    plain = recipe.data.packing == "rows" and all(one.prompt is None and one.messages is None for one in sources)
+    key = "data.select" if select is not None else "objective.tokens"
+    if len(sources) > 1 and (select is not None or chosen is not None):
+        problems.append((key, f"chooses among the rows of one source; data.train names {len(sources)}"))
     if not plain and (select is not None or chosen is not None):
-        key = "data.select" if select is not None else "objective.tokens"
         message = "chooses among rows of plain text; it goes with data.packing rows, without prompts and messages"
         problems.append((key, message))
     return problems
@@ -168,12 +186,14 @@ def _split(recipe: Recipe) -> Problems:
 
 
 def _generate(recipe: Recipe) -> Problems:
-    asked, train = recipe.generate, recipe.data.train
+    asked, sources = recipe.generate, recipe.data.sources
     if asked is None:
         return []
-    read = train.path if asked.prompts is None else asked.prompts.path
+    read = sources[0].path if asked.prompts is None else asked.prompts.path
     url = None if asked.server is None else asked.server.url
+    several = asked.prompts is None and len(sources) > 1
     found = {
+        "generate.prompts": several and f"is needed where data.train names several sources; it names {len(sources)}",
         "generate": recipe.teacher is None and "needs a teacher, which is null; give one, or remove this",
         "generate.out": read == asked.out
         and f"{read!r} is also what prompts are taken of; give the corpus as generate.prompts",
@@ -202,7 +222,7 @@ def _is_address(url: str) -> bool:
 
 
 def _corpora(recipe: Recipe) -> Problems:
-    sources = (("data.train", recipe.data.train), ("data.heldout", recipe.data.heldout))
+    sources = (*_sources(recipe), ("data.heldout", recipe.data.heldout))
     return [
         (f"{key}.path", f"no file, folder or match at {source.path!r}{_who_writes(recipe, source.path)}")
         for key, source in sources
@@ -287,6 +307,18 @@ def _other_recipe(recipe: Recipe) -> Problems:
     return []
 
 
+def _sources(recipe: Recipe) -> list[tuple[str, Source]]:
+    """The corpora and evaluation sets with their keys."""
+    data = recipe.data
+    trained = (
+        [(f"data.train.{i}", one) for i, one in enumerate(data.train)]
+        if isinstance(data.train, tuple)
+        else [("data.train", data.train)]
+    )
+    compared = () if data.overlap is None else data.overlap.sets
+    return [*trained, *((f"data.overlap.sets.{i}", one) for i, one in enumerate(compared))]
+
+
 def _models(recipe: Recipe) -> list[tuple[str, Model]]:
     return [*recipe.teachers.items(), ("student", recipe.student)]
 
@@ -297,6 +329,7 @@ RULES = (
     _several_teachers,
     _alternatives,
     _forms,
+    _mixture,
     _hours,
     _remote_code,
     _intervals,

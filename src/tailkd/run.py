@@ -11,7 +11,8 @@ from typing import Any
 from tailkd import ending, folder, recipe_file
 from tailkd.bill import settled
 from tailkd.data.batches import Batches
-from tailkd.data.packing import IGNORED, Rows
+from tailkd.data.mixture import AnyRows, parts_of
+from tailkd.data.packing import IGNORED
 from tailkd.errors import Diverged, Refusal
 from tailkd.evaluate.heldout import HeldOut
 from tailkd.models.sample import continuation
@@ -217,10 +218,10 @@ def _samples(parts: Parts) -> dict[str, Any]:
     return {"prompt": parts.tokenizer.decode(prompt, skip_special_tokens=True), **texts}
 
 
-def _prompt(rows: Rows) -> list[int]:
+def _prompt(rows: AnyRows) -> list[int]:
     """The first tokens of the held-out text; where only answers are learned, those before the first of them."""
     row, stop = rows[0], SAMPLE_PROMPT
-    if rows.store.loss is not None and (row.labels != IGNORED).any():
+    if parts_of(rows)[0].store.loss is not None and (row.labels != IGNORED).any():
         stop = int((row.labels != IGNORED).argmax()) + 1
     elif row.positions is not None:
         stop = min(stop, int((row.segments == 0).sum()))

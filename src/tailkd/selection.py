@@ -11,6 +11,7 @@ import torch
 
 from tailkd import folder, pair
 from tailkd.data import select
+from tailkd.data.mixture import AnyRows, Mixture
 from tailkd.data.packing import Rows
 from tailkd.data.tokens import tokenizer_fingerprint
 from tailkd.errors import Refusal
@@ -27,18 +28,20 @@ from tailkd.train.ranks import Ranks
 def chosen(
     recipe: Recipe,
     shared: Vocabulary,
-    rows: Rows,
+    rows: AnyRows,
     *,
     ranks: Ranks,
     heed: Callable[[], None],
     say: Callable[[str], None],
-) -> Rows:
+) -> AnyRows:
     """The training rows as `data.select` or `objective.tokens` choose of them, from scores made where they are missing.
 
     Raises:
         Refusal: a reference that cannot be read, or whose tokens are not the student's where tokens are chosen.
         Preempted, DataError: see `teacher.score.score`.
     """
+    if isinstance(rows, Mixture):  # of which nothing is chosen (recipe_rules)
+        return rows
     scorer = _Scorer(recipe, shared, rows, ranks, heed, say)
     if recipe.data.select is not None:
         return _kept(scorer, recipe.data.select.reference, recipe.data.select.ratio)
@@ -47,9 +50,9 @@ def chosen(
     return rows
 
 
-def unscored(recipe: Recipe, rows: Rows) -> Rows:
+def unscored(recipe: Recipe, rows: AnyRows) -> AnyRows:
     """Rows of the same kind without scores: all of them, and losses of 0."""
-    if recipe.objective.tokens is None:
+    if recipe.objective.tokens is None or isinstance(rows, Mixture):
         return rows
     losses = np.broadcast_to(np.float32(0), (len(rows), rows.context))
     return select.WithReference(rows, losses, recipe.objective.tokens.ratio)

@@ -16,6 +16,7 @@ import torch
 from tailkd import pair
 from tailkd.bill import settled
 from tailkd.data.batches import Batch, collate, evaluation_batches
+from tailkd.data.mixture import AnyRows, parts_of
 from tailkd.data.packing import IGNORED, Row, Rows
 from tailkd.evaluate.heldout import evaluate
 from tailkd.models.head import SplitModel
@@ -123,7 +124,7 @@ def _timed_steps(parts: Parts, say: Say) -> tuple[float, int]:
     return sum(timed) / len(timed), batch.count
 
 
-def full_batch(rows: Rows, size: int, number: int = 0) -> Batch:
+def full_batch(rows: AnyRows, size: int, number: int = 0) -> Batch:
     """Batch `number` of rows without padding, as often as it takes; the last row of a corpus is seldom full."""
     full = max(rows.predicted // rows.context, 1)
     samples = range(number * size, (number + 1) * size)
@@ -185,7 +186,7 @@ def _seconds(work: Callable[[], object]) -> float:
 def _perplexities(parts: Parts) -> dict[str, float | None] | None:
     if parts.teacher is None:
         return None
-    begin, rows = parts.tokenizer.bos_token_id, parts.heldout_rows
+    begin, rows = parts.tokenizer.bos_token_id, parts_of(parts.heldout_rows)[0]
     if begin is None:
         return {"with_begin": None, "without_begin": _perplexity(parts, _heldout_batch(parts))}
     began = Rows(rows.store, rows.documents, context=rows.context, begin=begin, end=rows.end)

@@ -12,8 +12,8 @@ import pytest
 from builders import build_tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from tailkd.data import tokens
-from tailkd.data.chat import CHAT, PLAIN, Example, Turn, begins_with_blank, check_template
+from tailkd.data import encoding, tokens
+from tailkd.data.chat import CHAT, PLAIN, Encoded, Example, Turn, begins_with_blank, check_template
 from tailkd.data.corpus import BadRecords, Document, Source
 from tailkd.data.packing import Rows
 
@@ -41,8 +41,8 @@ CASES: dict[str, tuple[str | None, dict[str, str], tuple[Turn, ...], str]] = {
 }
 
 
-def encoded(tokenizer: Any, turns: tuple[Turn, ...], template: str) -> tokens.Encoded:
-    return tokens.encode(tokenizer, [Document("a", "", 0, Example(turns, template))])[0]
+def encoded(tokenizer: Any, turns: tuple[Turn, ...], template: str) -> Encoded:
+    return encoding.encode(tokenizer, [Document("a", "", 0, Example(turns, template))])[0]
 
 
 def decoded(name: str) -> str:

@@ -18,9 +18,12 @@ from typer.testing import CliRunner
 import tailkd
 from tailkd import trial
 from tailkd.cli import app
+from tailkd.corpora import prepare
+from tailkd.data import encoding, tokens, writing
+from tailkd.data.corpus import Source
+from tailkd.data.mixture import Mixture
 from tailkd.errors import Refusal
 from tailkd.pair import read_vocabulary
-from tailkd.parts import prepare
 from tailkd.recipe_file import read
 
 DOCS = Path(__file__).parents[2] / "docs" / "data.md"
@@ -125,3 +128,109 @@ def test_the_documentation_s_examples(heading: str, made: SimpleNamespace, tmp_p
     assert rows[0] == blocks["text"].removesuffix("\n")
     assert len(examples()) == 4
     assert made.tokenizer.chat_template == chats.CHATML
+
+
+# ----- several sources, many processes
+
+
+@pytest.mark.parametrize("packing", ["rows", "documents"])
+def test_sources_of_every_form_go_together(
+    packing: str, made: SimpleNamespace, corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each keeps its own mask, and what is said of one corpus is said of all of them together."""
+    recipe = supervised.recipe(made, corpus, tmp_path / "run", {}, packing=packing)
+    for seed, name in enumerate(FORMS, start=1):
+        supervised.write(tmp_path / f"{name}.jsonl", supervised.records(40, seed=seed))
+    recipe["data"] |= {
+        "train": [{"path": str(tmp_path / f"{name}.jsonl"), **form} for name, form in FORMS.items()],
+        "context": 48,
+    }
+    checked = json.loads(check(recipe, tmp_path))["corpus"]["sources"]
+    run = tailkd.distill(recipe)
+    settled = read(run.folder / "recipe.yaml")
+    rows, _ = prepare(settled, read_vocabulary(settled), lambda line: None)
+    assert isinstance(rows, Mixture)
+    for name, part in zip(rows.names, rows.parts, strict=True):
+        assert (part.store.loss is None) == (name == "text")
+        assert part.store.manifest["learned"] == checked[name]["sampled_tokens_learned"]
+    found = run.data["train"]
+    assert found["documents"] == sum(one["documents"] for one in run.data["sources"].values())
+    for key in ("cut", "dropped"):
+        assert found[key] == sum(one[key] for one in run.data["sources"].values())
+    assert (found["cut"] > 0) == (packing == "documents")
+    assert (f"examples are longer than data.context = 48: {found['cut']:,} lost" in capfd.readouterr().err) == (
+        packing == "documents"
+    )
+
+
+@pytest.fixture
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Eighty conversations in blocks of eight, of which the template refuses ten, one at each border of a block."""
+    monkeypatch.setattr(writing, "BLOCK_DOCUMENTS", 8)
+    monkeypatch.setattr(writing, "COMMIT_SECONDS", 0.0)
+    records = supervised.records(80)
+    for place in (0, 7, 8, 20, 21, 39, 40, 55, 78, 79):
+        records[place]["messages"].insert(0, {"role": "system", "content": "count"})
+    records.insert(30, {"messages": None})
+    return supervised.write(tmp_path / "refused.jsonl", records)
+
+
+def stored(path: Path, tokenizer: Any, folder: Path, **options: Any) -> tokens.TokenStore:
+    source = Source(path=str(path), messages="messages")
+    usable = len(tokenizer)
+    return tokens.prepare(
+        source, tokenizer, folder, usable=usable, max_bad=0.5, say=lambda _: None, options=tokens.Options(**options)
+    )
+
+
+def content(store: tokens.TokenStore) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(store.folder.iterdir())}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_unusable_conversations_are_counted_once_however_often_it_is_interrupted(
+    processes: int, refused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = chats.tokenizer(chats.INSTRUCT)
+    whole = stored(refused, tokenizer, tmp_path / "whole", processes=1)
+    assert whole.manifest["documents"] == 70
+    assert whole.manifest["skipped"] == {
+        "field 'messages' is not a list of messages": 1,
+        "refused by the chat template": 10,
+    }
+    named = [line.split(": ")[0] for line in whole.manifest["skipped_named"]]
+    assert named == [f"{refused}:{line}" for line in (31, 1, 8, 9, 21)]
+    assert whole.loss is not None
+    assert whole.manifest["learned"] == int(whole.loss.sum())
+    plain, folder = encoding.ids_of, tmp_path / "store"
+    for blocks in (1, 2, 4):
+        left = blocks
+
+        def stopping(tokenizer: Any, texts: list[str]) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return plain(tokenizer, texts)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(encoding, "ids_of", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                stored(refused, tokenizer, folder, processes=1)
+    (partial,) = folder.glob(".*-partial")
+    progress = json.loads((partial / writing.PROGRESS).read_text())
+    assert (progress["read"], progress["documents"]) == (56, 48)
+    assert content(stored(refused, tokenizer, folder, processes=processes)) == content(whole)
+
+
+def test_a_limit_counts_the_unusable_ones_before_it(refused: Path, tmp_path: Path) -> None:
+    """The tenth document left is the thirteenth; of the three before the next one all are named."""
+    tokenizer = chats.tokenizer(chats.INSTRUCT)
+    whole = stored(refused, tokenizer, tmp_path)
+    for processes in (1, 3):
+        store = stored(refused, tokenizer, tmp_path / str(processes), limit=int(whole.offsets[10]), processes=processes)
+        assert len(store) == 10
+        assert store.manifest["skipped"] == {"refused by the chat template": 3}
+        assert store.loss is not None
+        assert whole.loss is not None
+        assert store.loss.tolist() == whole.loss[: whole.offsets[10]].tolist()

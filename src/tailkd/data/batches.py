@@ -11,46 +11,12 @@ import torch
 from torch import Tensor
 
 from tailkd.data import select
-from tailkd.data.packing import IGNORED, Row, Rows
+from tailkd.data.mixture import AnyRows, row_shown
+from tailkd.data.order import mixed_seed, permuted, row_of
+from tailkd.data.packing import IGNORED, Row
 from tailkd.errors import Refusal
 
-_GOLDEN, _MIX1, _MIX2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-
-
-def _mixed(values: np.ndarray, key: int) -> np.ndarray:
-    """splitmix64 of each value under a key."""
-    with np.errstate(over="ignore"):
-        x = (values ^ np.uint64(key & (2**64 - 1))) + _GOLDEN
-        x = (x ^ (x >> np.uint64(30))) * _MIX1
-        x = (x ^ (x >> np.uint64(27))) * _MIX2
-        return x ^ (x >> np.uint64(31))
-
-
-def permuted(index: int, size: int, key: int) -> int:
-    """Where a fixed permutation of range(size) sends `index`: four Feistel rounds, walked until inside the range."""
-    half = max(1, -(-max(size - 1, 1).bit_length() // 2))
-    mask = (1 << half) - 1
-    while True:
-        left, right = index >> half, index & mask
-        for number in range(4):
-            mixed = int(_mixed(np.asarray([right], dtype=np.uint64), key * 4 + number)[0])
-            left, right = right, left ^ (mixed & mask)
-        index = (left << half) | right
-        if index < size:
-            return index
-
-
-def mixed_seed(seed: int, *numbers: int) -> int:
-    """A seed from a seed and where it is used: (seed, step, rank)."""
-    for number in numbers:
-        seed = int(_mixed(np.asarray([number], dtype=np.uint64), seed)[0])
-    return seed >> 1
-
-
-def row_of(sample: int, rows: int, seed: int) -> int:
-    """The row that global sample number `sample` shows: every epoch is another permutation of all rows."""
-    epoch, position = divmod(sample, rows)
-    return permuted(position, rows, int(_mixed(np.asarray([seed], dtype=np.uint64), epoch)[0]))
+__all__ = ["Batch", "Batches", "collate", "evaluation_batches", "mixed_seed", "permuted", "row_of", "rows_per_rank"]
 
 
 @dataclass(frozen=True)
@@ -170,16 +136,19 @@ def _batch(
 class Batches:
     """Global batches by step number: ``batches[step]`` shows samples step * size to (step + 1) * size - 1."""
 
-    def __init__(self, rows: Rows, *, batch_size: int, seed: int) -> None:
+    def __init__(self, rows: AnyRows, *, batch_size: int, seed: int) -> None:
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
 
     def __getitem__(self, step: int) -> Batch:
         samples = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return collate([self.rows[row_of(s, len(self.rows), self.seed)] for s in samples], samples)
+        return collate([self.rows[row_shown(self.rows, s, self.seed)] for s in samples], samples)
 
 
-def evaluation_batches(rows: Rows, *, tokens: int | None, batch_size: int) -> Iterator[Batch]:
-    """Rows for evaluation, in a fixed order spread over the run, until `tokens` positions are covered."""
+def evaluation_batches(rows: AnyRows, *, tokens: int | None, batch_size: int) -> Iterator[Batch]:
+    """Rows for evaluation, in a fixed order spread over the run, until `tokens` positions are covered.
+
+    Sample s shows row ``row_of(s, len(rows), 0)``.
+    """
     count = len(rows) if tokens is None else min(len(rows), -(-tokens // rows.context))
     for start in range(0, count, batch_size):
         samples = range(start, min(start + batch_size, count))

@@ -1,23 +1,23 @@
-"""Hub data set, JSONL, parquet, text file or a folder of them -> documents with stable ids."""
+"""Hub data set, files of every kind or a folder of them -> documents with stable ids."""
 
 from __future__ import annotations
 
 import glob
-import gzip
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import xxhash
 
 from tailkd.data.chat import ANSWERS, CHAT, PLAIN, Example, Turn
+from tailkd.data.files import KINDS, NAMED, BadRecords, Hashes, Record, records, suffix
 from tailkd.errors import Refusal
 
-JSONL, PARQUET, TEXT = (".jsonl", ".ndjson", ".json"), (".parquet",), (".txt", ".text", ".md", ".rst")
+__all__ = ["NAMED", "BadRecords", "Document", "Source"]
+
 FINISHED = "finished"  # field of a record: false where its text was cut off
-NAMED = 5  # bad records shown by file and line
 
 
 class Document(NamedTuple):
@@ -32,23 +32,6 @@ class Document(NamedTuple):
     hash: int
     example: Example | None = None
     finished: bool = True
-
-
-@dataclass
-class BadRecords:
-    """Records that cannot be used, counted by reason; the first few by name."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-    named: list[str] = field(default_factory=list)
-
-    def add(self, where: str, reason: str, detail: str = "") -> None:
-        self.counts[reason] = self.counts.get(reason, 0) + 1
-        if len(self.named) < NAMED:
-            self.named.append(f"{where}: {reason}{detail}")
-
-    @property
-    def total(self) -> int:
-        return sum(self.counts.values())
 
 
 @dataclass(frozen=True)
@@ -88,24 +71,25 @@ class Source:
         assert self.path is not None
         path = Path(self.path).expanduser()
         if path.is_dir():
-            known = JSONL + PARQUET + TEXT
-            found = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in known)
+            found = sorted(p for p in path.rglob("*") if p.is_file() and suffix(p.name) in KINDS)
         elif path.is_file():
             found = [path]
         else:
             found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
         if not found:
-            kinds = ", ".join(JSONL + PARQUET + TEXT)
+            kinds = ", ".join(KINDS)
             raise Refusal(f"no file at {self.path!r}; expected a file, a folder with files of {kinds}, or a glob")
         return found
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self, hashes: Hashes | None = None) -> dict[str, Any]:
         """What the token ids depend on: each file's name, size and content hash, or the Hub revision."""
         if self.hub is not None:
             place = {"hub": self.hub, "config": self.config, "split": self.split, "revision": self.revision}
             return {**self.fields, **place}
         files = self.files()
-        return {**self.fields, "files": [[p.name, p.stat().st_size, _file_hash(p)] for p in files]}
+        contents = (hashes or Hashes(None)).of(files)
+        listed = [[p.name, p.stat().st_size, content] for p, content in zip(files, contents, strict=True)]
+        return {**self.fields, "files": listed}
 
     def documents(self, bad: BadRecords) -> Iterator[Document]:
         """The documents in order; records that hold none are counted in `bad`."""
@@ -127,61 +111,39 @@ class Source:
             yield Document(where, text, xxhash.xxh3_64_intdigest(hashed), example, finished)
 
     def _contents(self, bad: BadRecords) -> Iterator[tuple[str, str | Example, bool]]:
-        if self.hub is not None:
-            yield from self._rows(_hub_rows(self), f"{self.hub}[{self.split}]", bad)
-            return
-        for path in self.files():
-            suffix = _suffix(path)
-            if suffix in JSONL:
-                for where, record in _jsonl(path, bad):
-                    yield from self._content(record, where, bad)
-            elif suffix in PARQUET:
-                columns = [self.fields[key] for key in self.fields if key != "template"]
-                yield from self._rows(_parquet_rows(path, columns), str(path), bad)
-            elif "text" in self.fields:
-                yield from _text(path, bad)
-            else:
-                bad.add(str(path), "a text file has no fields")
+        """Where each usable record stands, its text or its turns, and whether it comes to an end."""
+        for where, record in self._found(bad):
+            content = self._content(record, where, bad)
+            if content is not None:
+                yield where, content, isinstance(record, str) or record.get(FINISHED) is not False
 
-    def _rows(
-        self, rows: Iterator[dict[str, Any]], name: str, bad: BadRecords
-    ) -> Iterator[tuple[str, str | Example, bool]]:
-        for number, row in enumerate(rows):
-            yield from self._content(row, f"{name}:{number}", bad)
-
-    def _content(
-        self, record: dict[str, Any], where: str, bad: BadRecords
-    ) -> Iterator[tuple[str, str | Example, bool]]:
-        """The text or the turns of a record; none of a bad one."""
+    def _content(self, record: Record, where: str, bad: BadRecords) -> str | Example | None:
+        """The text or the turns of a record; None of a bad one."""
         fields = self.fields
+        if isinstance(record, str):
+            if "text" in fields:
+                return record
+            bad.add(where, "a text file has no fields")
+            return None
         if "messages" in fields:
             turns = _turns(record, fields["messages"], where, bad)
-            content = None if turns is None else Example(turns, CHAT)
-        elif "prompt" in fields:
+            return None if turns is None else Example(turns, CHAT)
+        if "prompt" in fields:
             prompt = _field(record, fields["prompt"], where, bad)
             answer = None if prompt is None else _field(record, fields["completion"], where, bad)
-            asked = () if prompt is None or answer is None else (Turn("user", prompt), Turn(ANSWERS, answer))
-            content = Example(asked, fields["template"]) if asked else None
-        else:
-            content = _field(record, fields["text"], where, bad)
-        if content is not None:
-            yield where, content, record.get(FINISHED) is not False
+            if prompt is None or answer is None:
+                return None
+            return Example((Turn("user", prompt), Turn(ANSWERS, answer)), fields["template"])
+        return _field(record, fields["text"], where, bad)
 
-
-def _suffix(path: Path) -> str:
-    return Path(path.stem).suffix.lower() if path.suffix == ".gz" else path.suffix.lower()
-
-
-def _open(path: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
-
-
-def _file_hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    def _found(self, bad: BadRecords) -> Iterator[tuple[str, Record]]:
+        if self.hub is not None:
+            name = f"{self.hub}[{self.split}]"
+            yield from ((f"{name}:{number}", row) for number, row in enumerate(_hub_rows(self)))
+            return
+        for path in self.files():
+            fields = [self.fields[key] for key in self.fields if key != "template"]
+            yield from records(path, fields, bad, optional=(FINISHED,))
 
 
 def _field(record: dict[str, Any], name: str, where: str, bad: BadRecords) -> str | None:
@@ -225,58 +187,6 @@ def _turns(record: dict[str, Any], name: str, where: str, bad: BadRecords) -> tu
         bad.add(where, f"no {ANSWERS} message after another one", f"; the roles are {roles or 'none'}")
         return None
     return tuple(turns)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        raise KeyError("duplicate key")
-    return record
-
-
-def _jsonl(path: Path, bad: BadRecords) -> Iterator[tuple[str, dict[str, Any]]]:
-    with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}:{number}"
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys)
-            except UnicodeDecodeError:
-                bad.add(where, "not UTF-8")
-            except KeyError:
-                bad.add(where, "duplicate key")
-            except (ValueError, RecursionError):
-                bad.add(where, "not JSON", "" if line.endswith(b"\n") else " (the line is cut off)")
-            else:
-                if not isinstance(record, dict):
-                    bad.add(where, "not an object")
-                    continue
-                yield where, record
-
-
-def _text(path: Path, bad: BadRecords) -> Iterator[tuple[str, str, bool]]:
-    with _open(path) as file:
-        content = file.read()
-    try:
-        yield str(path), content.decode("utf-8-sig").replace("\r\n", "\n"), True
-    except UnicodeDecodeError:
-        bad.add(str(path), "not UTF-8")
-
-
-def _parquet_rows(path: Path, names: list[str]) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet as parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-    except Exception as error:
-        raise Refusal(f"{path} is not a readable parquet file ({error})") from error
-    known = file.schema_arrow.names
-    columns = [*names, *({FINISHED} & set(known))] if set(names) <= set(known) else None
-    for batch in file.iter_batches(batch_size=1024, columns=columns):
-        yield from batch.to_pylist()
 
 
 def _hub_rows(source: Source) -> Iterator[dict[str, Any]]:

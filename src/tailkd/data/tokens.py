@@ -1,16 +1,16 @@
 """Documents -> token ids on disk, memory-mapped, with a manifest that says what they were made of.
 
 A store is a folder: `tokens.bin` (ids of all documents one after the other, an end token after each that was not cut
-off), `offsets.bin` (int64 document borders), `hashes.bin` (uint64 content hashes) and `manifest.json`. Where only
-answers are learned `loss.bin` says of which tokens (uint8 each: 1 learned, 0 not).
+off), `offsets.bin` (int64 document borders), `hashes.bin` (uint64 content hashes), where only answers are learned
+`loss.bin` (uint8, 1 where a token is learned), with an overlap check `overlap.bin` (uint8, 1 where a document shares
+words with an evaluation set), and `manifest.json`, with the size and hash of each.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +21,14 @@ import xxhash
 
 from tailkd.data import chat
 from tailkd.data.chat import Encoded
-from tailkd.data.corpus import BadRecords, Document, Source
-from tailkd.errors import Refusal
+from tailkd.data.corpus import Source
+from tailkd.data.encoding import dtype_of, worker
+from tailkd.data.files import BadRecords, Hashes, file_hash
+from tailkd.data.overlap import Overlap
+from tailkd.data.writing import PROGRESS, Encode, Progress, alone, cores, write, write_lasting
+from tailkd.errors import DataError, Refusal
 
-FORMAT = 1
-BATCH = 256  # documents tokenised at once
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -42,28 +45,67 @@ class TokenStore:
     @cached_property
     def offsets(self) -> np.ndarray:
         """int64 (documents + 1,): document d is ``tokens[offsets[d]:offsets[d + 1]]``."""
-        return np.fromfile(self.folder / "offsets.bin", dtype=np.int64)
+        return np.memmap(self.folder / "offsets.bin", dtype=np.int64, mode="r")
 
     @cached_property
     def loss(self) -> np.ndarray | None:
         """uint8 (tokens,): 1 where a token is learned; None where every token is."""
-        path = self.folder / "loss.bin"
-        return np.memmap(path, dtype=np.uint8, mode="r") if path.is_file() else None
+        if "loss.bin" not in self.manifest["files"]:
+            return None
+        return np.memmap(self.folder / "loss.bin", dtype=np.uint8, mode="r")
 
     @cached_property
     def hashes(self) -> np.ndarray:
         """uint64 (documents,): content hash of each document's text."""
-        return np.fromfile(self.folder / "hashes.bin", dtype=np.uint64)
+        return np.memmap(self.folder / "hashes.bin", dtype=np.uint64, mode="r")
+
+    @cached_property
+    def overlaps(self) -> np.ndarray:
+        """bool (documents,): whether a document shares words with an evaluation set; none where it was not asked."""
+        if "overlap.bin" not in self.manifest["files"]:
+            return np.zeros(len(self), dtype=bool)
+        return np.memmap(self.folder / "overlap.bin", dtype=np.bool_, mode="r")
 
     def __len__(self) -> int:
         return self.manifest["documents"]
 
+    @property
+    def hash(self) -> str:
+        """Of the manifest, and so of all that the store holds and was made of."""
+        return file_hash(self.folder / MANIFEST)
 
-def fingerprint(source: Source, tokenizer: Any, usable: int) -> dict[str, Any]:
-    """Everything the ids and the loss mask depend on."""
+    def verify(self) -> None:
+        """Read every file and compare its hash. Raises: Refusal where one differs."""
+        for name, expected in self.manifest["files"].items():
+            if file_hash(self.folder / name) != expected["hash"]:
+                raise Refusal(f"{self.folder / name} is damaged: {_ANEW}")
+
+
+MANIFEST = "manifest.json"
+_ANEW = "delete the folder, and the same command makes it anew"
+
+
+@dataclass(frozen=True)
+class Options:
+    """limit: stop before the document with which there would be more tokens. overlap: mark documents that share words
+    with these. processes: that tokenise; None is one per core. The first two are part of what a store is made of.
+    """
+
+    limit: int | None = None
+    overlap: Overlap | None = None
+    processes: int | None = None
+
+    @property
+    def made_of(self) -> dict[str, Any]:
+        limit = {} if self.limit is None else {"limit": self.limit}
+        return limit if self.overlap is None else {**limit, "overlap": self.overlap.made_of}
+
+
+def fingerprint(source: Source, tokenizer: Any, usable: int, hashes: Hashes | None = None) -> dict[str, Any]:
+    """Everything the ids and the loss mask depend on, but for the options."""
     made_of = {
         "format": FORMAT,
-        "source": source.fingerprint(),
+        "source": source.fingerprint(hashes),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "end_token": tokenizer.eos_token_id,
         "usable": usable,
@@ -81,9 +123,19 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def prepare(
-    source: Source, tokenizer: Any, folder: Path, *, usable: int, max_bad: float, say: Callable[[str], None]
+    source: Source,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    usable: int,
+    max_bad: float,
+    say: Callable[[str], None],
+    options: Options | None = None,
 ) -> TokenStore:
     """The store of `source` under `tokenizer` inside `folder`; made once, then opened.
+
+    Killed at any moment and called again, it goes on where it was and ends with the same bytes; so it does with another
+    number of processes.
 
     Args:
         folder: parent folder; the store's own name is its fingerprint.
@@ -91,107 +143,82 @@ def prepare(
         max_bad: share of records that may be unusable (skipped and counted) before the corpus is refused.
 
     Raises:
-        Refusal: an empty corpus, too many bad records, an id outside the usable range, no end token.
+        Refusal: an empty corpus, too many bad records, an id outside the usable range, no end token; a damaged store.
+        DataError: the disk took nothing more, or a process was killed; what is done stands.
     """
     if tokenizer.eos_token_id is None:
         raise Refusal("the tokenizer has no end token (eos_token); documents could not be told apart: set one")
-    made_of = fingerprint(source, tokenizer, usable)
+    options = options or Options()
+    made_of = {**fingerprint(source, tokenizer, usable, Hashes(folder)), **options.made_of}
     target = folder / xxhash.xxh3_128_hexdigest(json.dumps(made_of, sort_keys=True).encode())
     if target.is_dir():
         return open_store(target, made_of)
-    temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
-    first_new = next((p for p in [*reversed(target.parents), target] if not p.exists()), target)
+    partial = target.with_name(f".{target.name}-partial")
+    first_new = next((p for p in [*reversed(partial.parents), partial] if not p.exists()), partial)
     try:
-        temporary.mkdir(parents=True)
-        bad = BadRecords()
-        manifest = _write(source.documents(bad), bad, tokenizer, temporary, usable, say)
-        refuse_bad(bad, manifest["documents"], max_bad, source)
-        manifest |= {"made_of": made_of, "skipped": bad.counts, "skipped_named": bad.named}
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        temporary.replace(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if first_new.is_dir() and not any(p.is_file() for p in first_new.rglob("*")):
-            shutil.rmtree(first_new, ignore_errors=True)
-        raise
+        with alone(partial, say):
+            try:
+                if not target.is_dir():
+                    work = worker(tokenizer, usable, options.overlap)
+                    written = _write(source, work, partial, options, max_bad, say)
+                    manifest = {**written, "dtype": dtype_of(usable).name, "made_of": made_of}
+                    write_lasting(partial / MANIFEST, json.dumps(manifest, indent=1))
+                    partial.replace(target)
+            except Refusal:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+    except OSError as error:
+        raise DataError(
+            f"preparing tokens in {folder} stopped ({error}); what is done stands: run the same command again"
+        ) from error
+    finally:
+        _without_empty(first_new, partial)
     return open_store(target, made_of)
 
 
+def _without_empty(first_new: Path, partial: Path) -> None:
+    """Folders that were made for nothing go."""
+    for path in (partial, first_new):
+        if path.is_dir() and not any(p.is_file() for p in path.rglob("*")):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def open_store(folder: Path, made_of: dict[str, Any]) -> TokenStore:
-    """The store in `folder`, if it was made of exactly this."""
-    manifest = json.loads((folder / "manifest.json").read_text())
+    """The store in `folder`, if it was made of exactly this and its files are there; reads the manifest alone."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{folder / MANIFEST} is damaged ({error}): {_ANEW}") from error
     if manifest["made_of"] != json.loads(json.dumps(made_of)):
         raise Refusal(
             f"{folder} holds tokens of another corpus, tokenizer or setting; delete the folder to make it anew"
         )
+    for name, expected in manifest["files"].items():
+        size = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if size != expected["bytes"]:
+            came = "missing" if size is None else f"{size:,} bytes long"
+            raise Refusal(f"{folder / name} is {came}, expected {expected['bytes']:,} bytes: {_ANEW}")
     return TokenStore(folder, manifest)
 
 
 def _write(
-    documents: Iterator[Document],
-    bad: BadRecords,
-    tokenizer: Any,
-    folder: Path,
-    usable: int,
-    say: Callable[[str], None],
+    source: Source, work: Encode, folder: Path, options: Options, max_bad: float, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    dtype = np.dtype(np.uint16 if usable <= 1 << 16 else np.uint32)
-    offsets, hashes, content_bytes, learned, unfinished = [0], [], 0, 0, 0
-    with (folder / "tokens.bin").open("wb") as file, (folder / "loss.bin").open("wb") as losses:
-        for batch in _batches(documents):
-            for document, encoded in zip(batch, encode(tokenizer, batch), strict=True):
-                if encoded.unusable is not None:
-                    bad.add(document.id, *encoded.unusable)
-                    continue
-                row = np.asarray(encoded.ids, dtype=np.int64)
-                _refuse_unusable(row, usable, document, tokenizer)
-                file.write(row.astype(dtype).tobytes())
-                if encoded.loss is not None:
-                    losses.write(bytes(encoded.loss))
-                learned += len(row) if encoded.loss is None else sum(encoded.loss)
-                offsets.append(offsets[-1] + len(row))
-                hashes.append(document.hash)
-                content_bytes += len(document.text.encode())
-                unfinished += not document.finished
-            say(f"tokens: {len(hashes):,} documents, {offsets[-1]:,} tokens")
-    if not (folder / "loss.bin").stat().st_size:
-        (folder / "loss.bin").unlink()
-    np.asarray(offsets, dtype=np.int64).tofile(folder / "offsets.bin")
-    np.asarray(hashes, dtype=np.uint64).tofile(folder / "hashes.bin")
-    return {
-        "format": FORMAT,
-        "dtype": dtype.name,
-        "documents": len(hashes),
-        "unfinished": unfinished,
-        "tokens": offsets[-1],
-        "learned": learned,
-        "bytes": content_bytes,
-    }
+    """Write the store's files and tell of them."""
+    processes = options.processes or cores()
+    done, bad = write(source.documents, work, folder, limit=options.limit, processes=processes, say=say)
+    if options.limit is not None and not done.documents and not bad.total:
+        raise Refusal(
+            f"{source.path or source.hub}: its first document alone has more than tokens = {options.limit:,}; give more"
+        )
+    refuse_bad(bad, done.documents, max_bad, source)
+    (folder / PROGRESS).unlink()
+    return {**_made(folder, done), "skipped": bad.counts, "skipped_named": bad.named}
 
 
-def encode(tokenizer: Any, documents: Sequence[Document]) -> list[Encoded]:
-    """Each document's ids, its end token too unless it was cut off, and which are learned; see `tailkd.data.chat`."""
-    blank = any(d.example is not None for d in documents) and chat.begins_with_blank(tokenizer)
-    pieces = [[d.text] if d.example is None else d.example.pieces(begins_with_blank=blank) for d in documents]
-    ids, conversation = iter(_ids(tokenizer, [text for one in pieces for text in one])), None
-    found, end = [], tokenizer.eos_token_id
-    for document, texts in zip(documents, pieces, strict=True):
-        if document.example is None:
-            found.append(Encoded([*next(ids), *[end] * document.finished]))
-        elif texts:
-            read, answer = next(ids), [*next(ids), *[end] * document.finished]
-            found.append(Encoded([*read, *answer], [0] * len(read) + [1] * len(answer)))
-        else:
-            conversation = conversation or chat.Chat(tokenizer)
-            whole = conversation.encode(document.example.turns)
-            found.append(whole if document.finished else whole.without_end(end))
-    return found
-
-
-def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+def _made(folder: Path, done: Progress) -> dict[str, Any]:
+    files = {name: {"bytes": size, "hash": file_hash(folder / name)} for name, size in sorted(done.files.items())}
+    return {"format": FORMAT, "documents": done.documents, "tokens": done.tokens, **done.totals, "files": files}
 
 
 def held(documents: Sequence[Encoded]) -> TokenStore:
@@ -205,27 +232,6 @@ def held(documents: Sequence[Encoded]) -> TokenStore:
         loss=np.asarray([one for mask in masks for one in mask], dtype=np.uint8) if masks else None,
     )
     return store
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    for document in documents:
-        batch.append(document)
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _refuse_unusable(ids: np.ndarray, usable: int, document: Document, tokenizer: Any) -> None:
-    outside = ids[ids >= usable]
-    if len(outside):
-        first = int(outside[0])
-        raise Refusal(
-            f"{document.id}: token {tokenizer.convert_ids_to_tokens(first)!r} (id {first}) lies outside the {usable:,} "
-            "ids that teacher and student share; take a tokenizer without it or remove it from the text"
-        )
 
 
 def refuse_bad(bad: BadRecords, good: int, max_bad: float, source: Source) -> None:

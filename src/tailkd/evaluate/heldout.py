@@ -56,6 +56,7 @@ def evaluate(
     top_k: int,
     ranks: Ranks | None = None,
     heed: Callable[[], None] = lambda: None,
+    group: Callable[[int], str] | None = None,
 ) -> HeldOut:
     """Measures of the student over every valid position of `batches`.
 
@@ -67,6 +68,9 @@ def evaluate(
 
     Several `ranks` share the same batches out and all get the measures that one process gets. `heed` is called before
     each batch, on all ranks equally often, and may raise to stop.
+
+    `group` names the source of a sample, the batches' samples being 0, 1, 2 ...: the same measures, but for the two of
+    calibration, are then given for the rows of each source too, as ``measures["sources"][name]``.
     """
     own = _Sums([], FullEce(), Ece())
     with _at_rest(student):
@@ -80,6 +84,8 @@ def evaluate(
     total = own if ranks is None else _Sums.of_all(ranks.gathered(own))
     table = torch.cat(total.tables)
     measures = _measures(table.sum(0), total.full.value(), total.top.value(), alone=teacher is None)
+    if group is not None:
+        measures["sources"] = _by_source(table, group, alone=teacher is None)
     per_row = {name: table[:, _NAMES.index(name)].tolist() for name in ROW_MEASURES if measures[name] is not None}
     return HeldOut(measures, {"tokens": table[:, -1].tolist(), **per_row}, total.top.reliability())
 
@@ -184,10 +190,17 @@ def _tail_masses(q: Tensor, order: Tensor) -> Tensor:
     return torch.cat([m if k < q.shape[1] else torch.zeros_like(m) for k, m in zip(TAIL_SIZES, masses, strict=True)], 1)
 
 
-def _measures(sums: Tensor, full: float, ece: float, *, alone: bool) -> dict[str, Any]:
+def _by_source(table: Tensor, group: Callable[[int], str], *, alone: bool) -> dict[str, dict[str, Any]]:
+    names = [group(sample) for sample in range(len(table))]
+    places = {name: [i for i, other in enumerate(names) if other == name] for name in dict.fromkeys(names)}
+    return {name: _measures(table[of].sum(0), alone=alone) for name, of in sorted(places.items())}
+
+
+def _measures(sums: Tensor, full: float | None = None, ece: float | None = None, *, alone: bool) -> dict[str, Any]:
     tokens = int(sums[-1])
     values: dict[str, float | None] = dict(zip(_NAMES, (sums[:-1] / max(tokens, 1)).tolist(), strict=True))
     tail_mass = {str(k): values.pop(f"tail_mass_{k}") for k in TAIL_SIZES}
     if alone:
         values |= dict.fromkeys(_TEACHER_NAMES)
-    return {"tokens": tokens, **values, "full_ece": full, "ece": ece, "tail_mass": tail_mass}
+    calibration = {} if full is None else {"full_ece": full, "ece": ece}
+    return {"tokens": tokens, **values, **calibration, "tail_mass": tail_mass}

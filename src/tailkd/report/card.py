@@ -21,7 +21,7 @@ def write_card(run: Run) -> Path:
         f"A student of {run.taught_by}, {_start(recipe['student'])}, "
         f"distilled with tailkd {run.environment['versions']['tailkd']}.",
         "",
-        f"- corpus: `{recipe['data']['train']['path'] or recipe['data']['train']['hub']}`",
+        f"- corpus: {_corpora(recipe['data']['train'])}",
         f"- objective: {objective}",
         f"- tokens: {recipe['training']['tokens']:,} (rows of {recipe['data']['context']}, batch of "
         f"{recipe['training']['batch_size']})",
@@ -33,10 +33,36 @@ def write_card(run: Run) -> Path:
         *header,
         *rows,
         "",
+        *_by_source(run.evaluation["student"]),
     ]
     path = run.folder / "README.md"
     path.write_text("\n".join(text), encoding="utf-8")
     return path
+
+
+def _corpora(train: dict[str, Any] | list[dict[str, Any]]) -> str:
+    sources = train if isinstance(train, list) else [train]
+    return ", ".join(f"`{source['path'] or source['hub']}`" for source in sources)
+
+
+def _by_source(student: dict[str, Any]) -> list[str]:
+    """The student's measures of each source, where there are several."""
+    sources = student.get("sources", {})
+    if not sources:
+        return []
+    rows = [
+        f"| {name} | {one['tokens']:,} | {one['cross_entropy']:.4f} | "
+        f"{'–' if one['kl'] is None else format(one['kl'], '.4f')} |"
+        for name, one in sources.items()
+    ]
+    return [
+        "The student's by source:",
+        "",
+        "| | held-out tokens | cross-entropy | KL |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+    ]
 
 
 def _start(student: dict[str, Any]) -> str:
