@@ -22,6 +22,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import xxhash
 
+from tailkd.data.files import file_hash
 from tailkd.data.packing import Row, Rows
 from tailkd.errors import DataError, Refusal
 from tailkd.fault import at
@@ -95,7 +96,7 @@ class Scoring:
         manifest, path = self.manifest, self.folder / SCORES
         if manifest["rows"] != len(self.rows) or manifest["instances"] != self.instances:
             raise Refusal(f"{self.folder} holds scores of other rows than these; delete the folder to score anew")
-        if not path.is_file() or _hash(path) != manifest["xxh3_128"]:
+        if not path.is_file() or file_hash(path) != manifest["xxh3_128"]:
             raise Refusal(f"{path} is damaged; delete the folder to score anew")
         shape = (len(self.rows), self.rows.context) if self.per_token else (len(self.rows),)
         return np.memmap(path, dtype=PER_TOKEN if self.per_token else PER_ROW, mode="r", shape=shape)
@@ -227,14 +228,6 @@ def _write(path: Path, pieces: Iterator[bytes] | list[bytes]) -> None:
         at(f"{kind}:after")
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(4 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @contextmanager
