@@ -62,8 +62,8 @@ def symbolic_judge() -> Callable[[dict[str, Any]], bool]:
 
 
 def verify_judge() -> Callable[[dict[str, Any]], bool]:
-    import math_verify
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, StringExtractionConfig
+    import math_verify  # pyright: ignore[reportMissingImports]
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, StringExtractionConfig  # pyright: ignore[reportMissingImports]
 
     def judge(question: dict[str, Any]) -> bool:
         gold = question["gold"]
