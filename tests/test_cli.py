@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from tailkd import cli
+from tailkd.cli import planning, training
 from tailkd.errors import Refusal
 from tailkd.models.shrink import Cut, cut_student
 
@@ -95,7 +96,7 @@ def test_check_lists_everything_at_once(recipe_path: Path, stranger: SimpleNames
     other = builders.save_model(tmp_path / "other", builders.build_tokenizer(corpus[::2]), hidden=32, seed=2)
     overrides = ("training.learning_rat=1", "data.train.path=nowhere.jsonl", f"student.model={other}")
     with pytest.raises(Refusal) as refused:
-        cli.check(recipe_path, list(overrides))
+        planning.check(recipe_path, list(overrides))
     message = str(refused.value)
     assert "3 problems" in message
     assert "training.learning_rat: unknown key; did you mean 'learning_rate'" in message
@@ -126,9 +127,9 @@ def test_shrink_writes_what_a_run_starts_from(recipe_path: Path, stranger: Simpl
     assert all(torch.equal(weight, expected[name]) for name, weight in student.state_dict().items())
     assert AutoTokenizer.from_pretrained(out).get_vocab() == stranger.tokenizer.get_vocab()
     with pytest.raises(Refusal, match="is there already and not an empty folder; give another --out"):
-        cli.shrink(recipe_path, out, cut)
+        training.shrink(recipe_path, out, cut)
     with pytest.raises(Refusal, match=r"the recipe has no student.from_teacher"):
-        cli.shrink(recipe_path, tmp_path / "other")
+        training.shrink(recipe_path, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 

@@ -27,9 +27,10 @@ from test_cli import tailkd
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from tailkd import cli, generation, recipe_file
+from tailkd import generation, recipe_file
 from tailkd import run as tailkd_run
 from tailkd.bill import bill, flops_per_token, settled
+from tailkd.cli import corpora
 from tailkd.data import packing, tokens
 from tailkd.data.corpus import BadRecords, Source
 from tailkd.errors import DataError, OutOfMemory, Preempted, Refusal
@@ -530,12 +531,12 @@ def test_the_verb_writes_trains_and_shows(
     table = tailkd("generate", str(values["out"]), "--prompt", "the river", "--temperature", "0.5", "--tokens", "5")[0]
     assert re.search(r"teacher +.*student before +.*student", table)
     with pytest.raises(Refusal, match="is a folder; give a recipe file, or with a run folder --prompt TEXT"):
-        cli.generate(Path(values["out"]))
+        corpora.generate(Path(values["out"]))
     with pytest.raises(Refusal, match="the prompt is empty; give --prompt some text"):
-        cli.generate(Path(values["out"]), prompt="")
+        corpora.generate(Path(values["out"]), prompt="")
     (Path(values["out"]) / "evaluation.json").unlink()
     with pytest.raises(Refusal, match="holds no finished run"):
-        cli.generate(Path(values["out"]), prompt="the river")
+        corpora.generate(Path(values["out"]), prompt="the river")
 
 
 def test_side_by_side_without_a_teacher_and_with_a_cut_student(recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import transformers
 from gguf_files import write_gguf
 
 import tailkd
-from tailkd import cli
+from tailkd.cli.app import quiet
 from tailkd.errors import Refusal
 from tailkd.models import load
 
@@ -120,7 +120,7 @@ def test_its_bar_heeds_the_switch(tiny: SimpleNamespace, capsys: pytest.CaptureF
     logging = transformers.utils.logging
     was_on = logging.is_progress_bar_enabled()
     try:
-        cli._quiet()
+        quiet()
         loaded(tiny.quantised)
         assert capsys.readouterr().err == ""
         logging.enable_progress_bar()
