@@ -179,19 +179,26 @@ def pss(root: int) -> int:
 
 
 def kill_and_resume(folder: Path, seconds: float) -> tuple[str, float]:
-    """The manifest's hash after a kill at a random moment and a second start; when it was killed."""
-    store = folder / "killed"
-    shutil.rmtree(store, ignore_errors=True)
-    moment = random.SystemRandom().uniform(0.2, 0.9) * seconds + 3.0  # it has to load first
+    """The manifest's hash after a kill at a random moment and a second start, and how long that took."""
+    store, finished, moment = folder / "killed", True, seconds + 3.0  # it has to load first
+    while finished:
+        shutil.rmtree(store, ignore_errors=True)
+        moment *= random.SystemRandom().uniform(0.2, 0.9)
+        finished = killed(folder, store, moment)
+    again = outcome(started("ours", str(folder / "tokenizer"), str(folder / "text.jsonl"), str(store)))
+    return again["hash"], again["seconds"]
+
+
+def killed(folder: Path, store: Path, moment: float) -> bool:
+    """Whether it had finished before it was killed."""
     process = started("ours", str(folder / "tokenizer"), str(folder / "text.jsonl"), str(store))
     with suppress(subprocess.TimeoutExpired):
         process.wait(timeout=moment)
     finished = process.poll() is not None
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    print(f"killed after {moment:.1f} s" + (" (too late: it had finished)" if finished else ""))
-    again = outcome(started("ours", str(folder / "tokenizer"), str(folder / "text.jsonl"), str(store)))
-    return again["hash"], again["seconds"]
+    print(f"killed after {moment:.1f} s" + (" (too late: it had finished)" if finished else ""), flush=True)
+    return finished
 
 
 def measured(folder: Path, size: int, repeats: int) -> dict[str, Any]:

@@ -38,12 +38,24 @@ PUBLISHED = {
 """Hub ids in the recipes, and the models of `tailkd.ledger.published`."""
 
 GPU = torch.device("cuda")
+ORCAMEL_ROWS = 40_000  # 250,000 examples of about 330 tokens in rows of 2,048: an estimate, as the files say
 
 
-def copied_tree(folder: Path, change: Callable[[dict[str, Any]], None], reference: Callable[[str], Path]) -> Path:
+def first_stage(run: str) -> Path:
+    """The packaged recipe whose run a second stage goes on from, by the run's folder."""
+    return next(path for path in catalogue.files() if f"\nname: {Path(run).name}\n" in path.read_text())
+
+
+def copied_tree(
+    folder: Path,
+    change: Callable[[dict[str, Any]], None],
+    reference: Callable[[str], Path],
+    start: Callable[[str], dict[str, str]],
+) -> Path:
     """All recipes of the package in a folder, each base.yaml changed by a function; what extends them is as it was.
 
-    But for the reference models that they name, for which a function gives folders.
+    But for the reference models that they name, for which a function gives folders, and the runs that a second stage
+    goes on from, in whose place another one puts a start.
     """
     shutil.copytree(catalogue.RECIPES, folder, dirs_exist_ok=True)
     for path in folder.rglob("*.yaml"):
@@ -54,6 +66,8 @@ def copied_tree(folder: Path, change: Callable[[dict[str, Any]], None], referenc
             section = values.get(name, {}).get(key)
             if section:
                 section["reference"] = str(reference(section["reference"]))
+        if values.get("student", {}).get("run"):
+            values["student"] |= {"run": None, **start(values["student"]["run"])}
         with path.open("w") as file:
             recipe_file.yaml().dump(values, file)
     return folder
@@ -75,14 +89,18 @@ def made_out() -> Iterator[Callable[[Path], Recipe]]:
                 if "model" in values[role]:
                     values[role]["model"] = str(saved(values[role]["model"]))
 
-        tree = copied_tree(folder / "recipes", change, saved)
+        def start(run: str) -> dict[str, str]:
+            base = recipe_file.yaml().load(first_stage(run).with_name(catalogue.BASE))
+            return {"model": str(saved(base["student"]["model"]))}
+
+        tree = copied_tree(folder / "recipes", change, saved, start)
         yield lambda path: recipe_file.read(tree / path.relative_to(catalogue.RECIPES), files=False)
 
 
 def figures(recipe: Recipe) -> dict[str, str]:
     """Tokens, hours on all of the recipe's GPUs, and memory on one of them, as a recipe's head has them."""
     with mock.patch("torch.cuda.is_bf16_supported", return_value=True):  # made out for a GPU, on any machine
-        settled = bill.settled(recipe)
+        settled = bill.settled(recipe, rows=ORCAMEL_ROWS)
         found = bill.bill(settled, device=GPU)
     hardware = recipe.hardware
     assert hardware.peak_flops is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from tailkd import recipe_file
+import tailkd
+from tailkd import corpora, inspection, recipe_file, sweep
 from tailkd.bill import flops_per_token, settled
 from tailkd.errors import Refusal
 from tailkd.pair import read_vocabulary
@@ -100,11 +102,33 @@ def test_budgets_in_flops_and_hours(base: Path) -> None:
     assert twice == pytest.approx(2 * per_hour, rel=0.02)
 
 
+def test_a_budget_in_epochs_is_that_of_the_prepared_corpus(base: Path) -> None:
+    read = recipe_file.read(child(base, "training: {epochs: 1.5}\n"))
+    rows, batch = len(corpora.prepare(read, read_vocabulary(read), print)[0]), read.training.batch_size
+    found = corpora.settled(read, print)
+    assert found.tokens == math.ceil(1.5 * rows / batch) * batch * read.data.context
+    assert inspection.check(read)["steps"] == found.steps == sweep.plan(base.with_name("child.yaml"), [])[0].steps
+    with pytest.raises(Refusal, match=r"training.epochs: .* known once it is prepared .*; here give training.tokens"):
+        settled(read)
+    run = tailkd.distill(read)
+    assert sum(record["kind"] == "step" for record in run.metrics) == found.steps
+    assert tailkd.distill(read).metrics == run.metrics  # finished already
+
+
+def test_epochs_are_not_of_rows_that_are_chosen_later(base: Path, stranger: SimpleNamespace) -> None:
+    select = f"data: {{select: {{reference: {stranger.student}}}}}\n"
+    with pytest.raises(Refusal, match=r"training.epochs: counts rows before data.select chooses among them"):
+        recipe_file.read(child(base, select + "training: {epochs: 1}\n"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("training: {hours: 1}\n", r"training.hours: needs hardware.peak_flops"),
-        ("training: {hours: 1, tokens: 5}\n", r"training: expected one of tokens, flops or hours; came tokens, hours"),
+        (
+            "training: {hours: 1, tokens: 5}\n",
+            r"training: expected one of tokens, epochs, .*; came tokens, hours",
+        ),
         ("training: {tokens: {match_flops: no.yaml}}\n", r"training.tokens.match_flops: no recipe file at .*no.yaml"),
         ("training: {tokens: {match: no.yaml}}\n", r"training.tokens.match: unknown key; did you mean 'match_flops'"),
         ("teacher: null\nobjective: {divergence: none}\nstudent: {from_teacher: {}}\n", r"student.from_teacher: needs"),

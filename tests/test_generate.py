@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -546,6 +547,52 @@ def test_side_by_side_without_a_teacher_and_with_a_cut_student(recipe: dict[str,
     for values, roles in ((alone, ["student_before", "student"]), (cut, ["teacher", "student_before", "student"])):
         run = tailkd_run.distill(values)
         assert list(generation.side_by_side(run, "the river", tokens=8)) == roles
+
+
+# ----- real text, a really pretrained teacher
+
+
+DATA = Path(os.environ.get("TAILKD_DATA", "nowhere"))
+STORIES, QUESTIONS = DATA / "models" / "stories260k", DATA / "instruct" / "gsm8k_train.jsonl.gz"
+KL = """
+name: kl
+teacher: {{model: {teacher}}}
+student: {{from_teacher: {{layers: 2}}}}
+data: {{train: {{path: {corpus}, text: question}}, heldout: {{path: {heldout}, text: question}}, context: 64}}
+objective: {{divergence: forward_kl}}
+training: {{flops: 1.0e+11, batch_size: 8, learning_rate: 1.0e-3}}
+evaluate: {{tokens: 2000}}
+"""
+SEQ_KD = """extends: kl.yaml
+name: seq-kd
+data: {{train: {{path: {written}, text: text}}}}
+objective: {{divergence: none}}
+generate: {{out: {written}, prompts: {{path: {corpus}, text: question}}, prefix_tokens: 16, max_new_tokens: 47}}"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (STORIES.is_dir() and QUESTIONS.is_file()), reason="TAILKD_DATA names no data folder")
+def test_seq_kd_beside_kl_on_real_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two recipes, four lines apart, through the commands, at the same FLOPs, in one report."""
+    monkeypatch.chdir(tmp_path)
+    with gzip.open(QUESTIONS, "rt", encoding="utf-8") as lines:
+        questions = [line for line, _ in zip(lines, range(700), strict=False)]
+    Path("questions.jsonl").write_text("".join(questions[:600]))
+    Path("heldout.jsonl").write_text("".join(questions[600:]))
+    names = {"teacher": STORIES, "corpus": "questions.jsonl", "heldout": "heldout.jsonl", "written": "teacher.jsonl"}
+    Path("kl.yaml").write_text(KL.format(**names))
+    Path("seq-kd.yaml").write_text(SEQ_KD.format(**names))
+    assert len(SEQ_KD.splitlines()) == 1 + 4
+    for command in ("generate seq-kd.yaml", "distill seq-kd.yaml", "distill kl.yaml"):
+        tailkd(*command.split())
+    shown = json.loads(tailkd("report", "runs/kl", "runs/seq-kd", "--json")[0])
+    costs = []
+    for name, one in zip(("kl", "seq-kd"), shown, strict=True):
+        before, after = one["evaluation"]["student_before"], one["evaluation"]["student"]
+        assert after["cross_entropy"] < before["cross_entropy"] - 0.2, name
+        found = settled(recipe_file.read(f"{name}.yaml"))
+        costs.append(bill(found).pflop_per_million_tokens.total * found.tokens * 1e9)
+    assert costs == pytest.approx([1e11] * 2, rel=0.05)
 
 
 # ----- the documentation

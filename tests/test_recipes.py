@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import zipfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 
 import builders
 import pytest
-from recipe_figures import PUBLISHED, copied_tree, figures, made_out
+import supervised
+from recipe_figures import PUBLISHED, copied_tree, figures, first_stage, made_out
 from typer.testing import CliRunner
 
 import tailkd
@@ -34,7 +36,9 @@ CUT_OUT = {  # folder: the student that is cut out of its teacher
     "pretraining/gemma-2-2b": "Gemma2 2B",
 }
 GIVEN = ("continued/tinyllama-1.1b", "mathematics/tinyllama-1.1b", "mathematics/llama-2-7b")
+SECOND = ("mathematics/tinyllama-1.1b-orcamel", "mathematics/llama-2-7b-orcamel")  # go on from the two before
 TOP_K = {"tad-k1": 1, "tad-k5": 5, "tad": 10, "tad-k20": 20}
+ORCA = "microsoft/orca-math-word-problems-200k"
 BETA = {"tad-beta0.5": 0.5, "tad-beta1": 1.0, "tad-beta5": 5.0, "tad-beta10": 10.0}
 SAMPLE = [
     "pretraining/qwen1.5-0.5b/tad-beta5",
@@ -43,6 +47,7 @@ SAMPLE = [
     "continued/tinyllama-1.1b/tad-k1",
     "pretraining/qwen2.5-1.2b/miniplm",
     "mathematics/tinyllama-1.1b/rho-1",
+    "mathematics/tinyllama-1.1b-orcamel/tad-k5",
 ]
 
 
@@ -63,7 +68,7 @@ def read(name: str) -> Recipe:
 
 
 def test_there_is_one_of_each() -> None:
-    expected = {f"{folder}/{file}" for folder in (*CUT_OUT, *GIVEN) for file in ("clm", "kl", *TOP_K)}
+    expected = {f"{folder}/{file}" for folder in (*CUT_OUT, *GIVEN, *SECOND) for file in ("clm", "kl", *TOP_K)}
     expected |= {f"{folder}/{file}" for folder in CUT_OUT for file in ("clm-matched", "rkl")}
     expected |= {f"{folder}/{file}" for folder in list(CUT_OUT)[:2] for file in BETA}
     expected |= {f"{folder}/miniplm" for folder in (*CUT_OUT, "mathematics/tinyllama-1.1b")}
@@ -107,6 +112,8 @@ def test_the_papers_settings() -> None:
     for name in NAMES:
         recipe = read(name)
         training, data = recipe.training, recipe.data
+        if name.startswith(SECOND):
+            continue
         assert (training.batch_size, data.context, training.weight_decay) == (128, 2048, 0.1)
         assert training.learning_rate == (1e-4 if name.startswith("pretraining") else 3e-5)
         assert recipe.objective.temperature == 1.0
@@ -121,13 +128,34 @@ def test_the_papers_settings() -> None:
             assert training.tokens == billions * 1e9
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(SECOND)])
+def test_the_second_stage_of_table_7(name: str) -> None:
+    """The same teacher, student, vocabulary and objective as in the first, on another corpus."""
+    recipe = read(name)
+    first = read(name_of(first_stage(str(recipe.student.run))))
+    assert name_of(first_stage(str(recipe.student.run))) == name.replace("-orcamel", "")
+    assert (recipe.teacher, recipe.vocabulary, recipe.objective) == (first.teacher, first.vocabulary, first.objective)
+    assert str(recipe.student.run) == f"runs/{first.name}"
+    training, data = recipe.training, recipe.data
+    assert (training.epochs, training.tokens, training.batch_size) == (3, None, 32)
+    assert (training.learning_rate, training.weight_decay, data.packing) == (1e-5, 0.1, "documents")
+    orca, camel = data.sources
+    assert (orca.hub, orca.prompt, orca.completion) == (ORCA, "question", "answer")
+    assert (camel.path, camel.prompt, camel.completion) == ("camel-math/math.zip", "message_1", "message_2")
+    assert data.names == (ORCA, "camel-math")
+
+
 def test_heads_are_complete() -> None:
     for path in FILES:
         said, recipe = catalogue.header(path), read(name_of(path))
         assert tuple(said) == catalogue.KEYS, path
         assert re.fullmatch(r"[1-7](, 2)?|none", said["table"]), path
         assert int(said["hardware"].split()[0]) == recipe.hardware.devices, path
-        named = [recipe.data.train.hub, recipe.teacher and recipe.teacher.model, recipe.student.model]
+        named = [
+            *(source.hub for source in recipe.data.sources),
+            recipe.teacher and recipe.teacher.model,
+            recipe.student.model,
+        ]
         named += [one and one.reference for one in (recipe.data.select, recipe.objective.tokens)]
         assert all(name in said["data"] for name in named if name), path
         assert said["data"].count("(") >= sum(name is not None for name in named), path  # a licence for each
@@ -340,24 +368,58 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
             values["student"]["from_teacher"] = scaled(dict(values["student"]["from_teacher"]), model)
         if "vocabulary" in values:
             values["vocabulary"]["fold"] = {ids + key - 32_000: 1 for key in values["vocabulary"]["fold"]}
-        values["data"] |= {"train": {"path": str(corpus)}, "heldout": {"fraction": 0.1}, "context": 32}
-        training = {"tokens": 20 * step, "batch_size": 4, "micro_batch_size": 2, "save_every_tokens": 10 * step}
-        values["training"] |= training
+        second = isinstance(values["data"]["train"], list)
+        train = orcamel(folder) if second else {"path": str(corpus)}
+        values["data"] |= {"train": train, "heldout": {"fraction": 0.1}, "context": 64 if second else 32}
+        values["training"] |= {"batch_size": 4, "micro_batch_size": 2, "save_every_tokens": 10 * step}
+        if not second:
+            values["training"]["tokens"] = 20 * step
         values["evaluate"] |= {"every_tokens": 10 * step, "tokens": 400}
 
-    tree = copied_tree(folder / "tree", change, lambda hub_id: folder / PUBLISHED[hub_id])
-    return SimpleNamespace(tree=tree, ids=ids)
+    def start(run: str) -> dict[str, str]:
+        return {"run": str(folder / "runs" / Path(run).name)}
+
+    tree = copied_tree(folder / "tree", change, lambda hub_id: folder / PUBLISHED[hub_id], start)
+    return SimpleNamespace(tree=tree, ids=ids, runs=folder / "runs")
+
+
+STEPS = 20  # of three epochs of these
+
+
+def orcamel(folder: Path) -> list[dict[str, Any]]:
+    """Both corpora of Table 7's second stage in their published fields and layout, and what a recipe says of them."""
+    orca, camel = folder / "orca.jsonl", folder / "camel-math" / "math.zip"
+    found = supervised.records(28)
+    if not orca.is_file():
+        supervised.write(orca, [{"question": one["question"], "answer": one["answer"]} for one in found[:20]])
+        camel.parent.mkdir()
+        with zipfile.ZipFile(camel, "w") as archive:
+            for number, one in enumerate(found[20:]):
+                example = {"topic;": "Sums", "message_1": one["question"], "message_2": one["answer"]}
+                archive.writestr(f"math/{number:03}_001_001.json", json.dumps(example))
+    return [
+        {"path": str(orca), "prompt": "question", "completion": "answer"},
+        {"path": str(camel), "prompt": "message_1", "completion": "message_2", "name": "camel-math"},
+    ]
+
+
+def train_first_stage(small: SimpleNamespace, run: Path) -> None:
+    """The run that a second stage goes on from, once for all tests."""
+    if not (run / "evaluation.json").is_file():
+        tailkd.distill(read_small(small, name_of(first_stage(run.name)), run))
 
 
 def read_small(small: SimpleNamespace, name: str, out: Path) -> Recipe:
+    if name.startswith(SECOND):
+        train_first_stage(small, small.runs / f"{name.split('/')[1].replace('-orcamel', '-owm')}-{name.split('/')[2]}")
     return recipe_file.read(small.tree / f"{name}.yaml", {"out": str(out)})
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in SAMPLE else pytest.mark.slow) for n in NAMES])
 def test_each_passes_check(small: SimpleNamespace, name: str, tmp_path: Path) -> None:
-    recipe = read_small(small, name, tmp_path / "run")
+    recipe, second = read_small(small, name, tmp_path / "run"), name.startswith(SECOND)
     found = inspection.check(recipe)
-    assert found["steps"] > 20 if name.endswith("clm-matched") else found["steps"] == 20
+    assert found["steps"] > 20 if name.endswith("clm-matched") else found["steps"] == (STEPS if second else 20)
     vocabulary, folded = found["vocabulary"], name.startswith(GIVEN)
     assert vocabulary["usable_ids"] == small.ids
     above = [vocabulary[f"{role}_rows"] - small.ids for role in ("teacher", "student")]
@@ -379,7 +441,11 @@ def test_each_trains_20_steps(
     recipe = read_small(small, name, tmp_path / "run")
     run = tailkd.distill(recipe)
     steps = [record for record in run.metrics if record["kind"] == "step"]
-    assert len(steps) == 20 or (name.endswith("clm-matched") and 20 < len(steps) < 60)
+    expected = STEPS if name.startswith(SECOND) else 20
+    assert len(steps) == expected or (name.endswith("clm-matched") and 20 < len(steps) < 60)
+    if name.startswith(SECOND):
+        seen = json.loads((run.folder / "data.json").read_text())["sources"].values()
+        assert all(source["epochs"] >= 3 for source in seen)
     assert all(math.isfinite(step["loss"]) for step in steps)
     assert ("hidden" in steps[0]) == (recipe.objective.hidden is not None)
     assert math.isfinite(run.evaluation["student"]["kl"])

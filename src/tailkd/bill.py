@@ -32,24 +32,28 @@ def bill(recipe: Recipe, *, usable: int | None = None, device: torch.device | No
     )
 
 
-def settled(recipe: Recipe) -> Recipe:
+def settled(recipe: Recipe, *, rows: int | None = None) -> Recipe:
     """The recipe with its budget in tokens, whole global batches of them; of one in tokens already, itself.
 
     ``tokens == flops / (FLOPs per token by the paper's convention)``, and for `hours` those that the stated hardware
-    executes in that time. Reads model configurations.
+    executes in that time; for `epochs` the whole batches that hold ``epochs * rows``, `rows` of the prepared corpus
+    (see `corpora.settled`). Reads model configurations.
 
     Raises:
-        Refusal: recipes that match each other's FLOPs in a circle; a budget of less than one global batch.
+        Refusal: recipes that match each other's FLOPs in a circle; a budget of less than one global batch; epochs of a
+            corpus whose rows are not given.
     """
-    return _settled(recipe, ())
+    return _settled(recipe, (), rows)
 
 
-def _settled(recipe: Recipe, above: tuple[str, ...]) -> Recipe:
+def _settled(recipe: Recipe, above: tuple[str, ...], rows: int | None = None) -> Recipe:
     training = recipe.training
     if isinstance(training.tokens, int):
         return recipe
     if isinstance(training.tokens, MatchFlops):
         tokens = _matched(recipe, training.tokens.match_flops, above)
+    elif training.epochs is not None:
+        tokens = _epochs(recipe, training.epochs, rows)
     elif training.flops is not None:
         tokens = (training.flops - _written_before(recipe)) / flops_per_token(recipe)
     else:
@@ -60,7 +64,7 @@ def _settled(recipe: Recipe, above: tuple[str, ...]) -> Recipe:
             f"training: the budget buys {tokens:,.0f} tokens, less than one global batch of {batch:,}; give more, or "
             "lower training.batch_size"
         )
-    whole = {"tokens": batch * math.floor(tokens / batch), "flops": None, "hours": None}
+    whole = {"tokens": batch * math.floor(tokens / batch), "epochs": None, "flops": None, "hours": None}
     return recipe.model_copy(update={"training": training.model_copy(update=whole)})
 
 
@@ -78,6 +82,16 @@ def _matched(recipe: Recipe, path: str, above: tuple[str, ...]) -> float:
     other = _settled(recipe_file.read(path, files=False), (*above, path))
     budget = other.tokens * flops_per_token(other) + _written_before(other)
     return (budget - _written_before(recipe)) / flops_per_token(recipe)
+
+
+def _epochs(recipe: Recipe, epochs: float, rows: int | None) -> float:
+    if rows is None:
+        raise Refusal(
+            f"training.epochs: {recipe.name!r} trains on as many tokens as its corpus has, which is known once it is "
+            "prepared (`tailkd prepare`, `tailkd check`); here give training.tokens instead"
+        )
+    batch = recipe.training.batch_size
+    return batch * math.ceil(epochs * rows / batch) * recipe.data.context
 
 
 def _within_hours(recipe: Recipe, hours: float) -> float:

@@ -7,7 +7,7 @@ from itertools import islice
 
 import numpy as np
 
-from tailkd import folder, pair
+from tailkd import bill, folder, pair
 from tailkd.data import packing, tokens
 from tailkd.data.corpus import BadRecords, Source
 from tailkd.data.documents import DocumentRows
@@ -45,6 +45,14 @@ def prepare(recipe: Recipe, shared: Vocabulary, say: Say) -> tuple[AnyRows, AnyR
     _refuse_split(train_rows, held_rows, own=heldout is not None)
     _tell(recipe, trained, training, train_rows, held_rows, say)
     return train_rows, held_rows
+
+
+def settled(recipe: Recipe, say: Say) -> Recipe:
+    """`bill.settled`; a budget in epochs by the rows of the corpus, which is prepared where it does not lie ready."""
+    if recipe.training.epochs is None:
+        return bill.settled(recipe)
+    train_rows, _ = prepare(recipe, pair.read_vocabulary(recipe), say)
+    return bill.settled(recipe, rows=len(train_rows))
 
 
 def stores(recipe: Recipe, shared: Vocabulary, say: Say) -> tuple[list[TokenStore], TokenStore | None]:

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tailkd import folder, pair
-from tailkd.bill import bill, settled
-from tailkd.corpora import check_saved_tokenizer, overlap_of, packed, source, told_cut
+from tailkd.bill import bill
+from tailkd.corpora import check_saved_tokenizer, overlap_of, packed, settled, source, told_cut
 from tailkd.data import tokens
 from tailkd.data.chat import Encoded
 from tailkd.data.corpus import BadRecords, Document, Source
@@ -50,9 +50,10 @@ def check(recipe: Recipe, refused: RecipeRefusal | None = None) -> dict[str, Any
             problems.append(Problem(key, str(refusal)))
             return None
 
-    budget = tried("training", lambda: settled(recipe))
     shared = tried("vocabulary", lambda: pair.read_vocabulary(recipe))
     corpus = None if shared is None else tried("data", lambda: _corpora(recipe, shared))
+    unknown = corpus is None and recipe.training.epochs is not None
+    budget = None if unknown else tried("training", lambda: settled(recipe, lambda line: None))
     made_out = None if budget is None else tried("student", lambda: bill(budget, usable=shared and shared.usable))
     if budget is not None:
         tried("out", lambda: folder.already_finished(budget, Run(budget.folder)))

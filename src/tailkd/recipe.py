@@ -111,7 +111,9 @@ class MatchFlops(Section):
 
 class Training(Section):
     tokens: Annotated[Annotated[Count, Tag(PLAIN)] | Annotated[MatchFlops, Tag(MADE_UP)], Either] | None = None
-    """Budget in predicted tokens; may exceed the corpus (epochs). One of tokens, flops and hours is to be given."""
+    """Budget in predicted tokens; may exceed the corpus. One of tokens, epochs, flops and hours is to be given."""
+    epochs: Positive | None = None
+    """Budget in passes over the rows to train on, once the corpus is prepared; several sources are one corpus."""
     flops: Positive | None = None
     """Budget in FLOPs of teacher and student (by the paper's convention)."""
     hours: Positive | None = None

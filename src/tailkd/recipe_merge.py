@@ -9,7 +9,7 @@ from tailkd.recipe import READERS
 ALTERNATIVES = (
     ("student", ("model", "from_teacher", "run")),
     ("teacher", ("model", "config")),
-    ("training", ("tokens", "flops", "hours")),
+    ("training", ("tokens", "epochs", "flops", "hours")),
     ("data.train", ("path", "hub")),
     ("data.heldout", ("path", "hub", "fraction")),
     *(

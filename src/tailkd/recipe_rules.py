@@ -76,7 +76,7 @@ def _alternatives(recipe: Recipe) -> Problems:
         problems += _one_of(key, {"path": source.path, "hub": source.hub})
     own = {"path": heldout.path, "hub": heldout.hub, "fraction": heldout.fraction is not None}
     problems += _one_of("data.heldout", own)
-    budgets = {"tokens": training.tokens, "flops": training.flops, "hours": training.hours}
+    budgets = {name: getattr(training, name) for name in ("tokens", "epochs", "flops", "hours")}
     problems += _one_of("training", budgets)
     student = recipe.student
     starts = {"model": student.model, "from_teacher": student.from_teacher, "run": student.run}
@@ -165,6 +165,8 @@ def _selections(recipe: Recipe) -> Problems:
         problems.append(("objective.tokens", message))
     plain = recipe.data.packing == "rows" and all(one.prompt is None and one.messages is None for one in sources)
     key = "data.select" if select is not None else "objective.tokens"
+    if select is not None and recipe.training.epochs is not None:
+        problems.append(("training.epochs", "counts rows before data.select chooses among them; give training.tokens"))
     if len(sources) > 1 and (select is not None or chosen is not None):
         problems.append((key, f"chooses among the rows of one source; data.train names {len(sources)}"))
     if not plain and (select is not None or chosen is not None):

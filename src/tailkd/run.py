@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tailkd import ending, folder, recipe_file
-from tailkd.bill import settled
+from tailkd.corpora import settled
 from tailkd.data.batches import Batches
 from tailkd.data.mixture import AnyRows, parts_of
 from tailkd.data.packing import IGNORED
@@ -60,9 +60,11 @@ def distill(
         tailkd.errors.Refusal: the recipe, the data or the models cannot be used; nothing was written.
         tailkd.errors.Stop: the run ended before its end and says why; `exit_code` is what the command line returns.
     """
-    checked = settled(recipe if isinstance(recipe, Recipe) else recipe_file.read(recipe, overrides))
-    run, allowed = Run(checked.folder), frozenset(allow_change)
+    read = recipe if isinstance(recipe, Recipe) else recipe_file.read(recipe, overrides)
     ranks = Ranks.start()
+    with ranks.in_turns():
+        checked = settled(read, _quietly)
+    run, allowed = Run(checked.folder), frozenset(allow_change)
     stop = StopRequest(checked.training.stop_after_seconds, ranks.agreed)
     with Terminal(steps=checked.steps, name=checked.name, quiet=not ranks.leads) as terminal:
         if fresh:
@@ -245,6 +247,10 @@ def _write_report(run: Run) -> None:
 def leads() -> bool:
     """Whether this process is the one that speaks."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _quietly(line: str) -> None:
+    """What preparing says is said when the parts are built."""
 
 
 # ----- a verb beside distill

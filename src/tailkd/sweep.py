@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tailkd import folder, recipe_file
-from tailkd.bill import bill, settled
+from tailkd.bill import bill
+from tailkd.corpora import settled
 from tailkd.errors import Diverged, Preempted, Refusal
 from tailkd.parts import Say
 from tailkd.recipe import Recipe
@@ -50,7 +51,7 @@ def plan(recipe: str | Path | dict[str, Any], arguments: Sequence[str], out: Pat
     _refuse_names(names)
     above = out or Path(f"runs/{base}-sweep")
     recipes = [
-        settled(one.model_copy(update={"name": name, "out": str(above / name)}))
+        settled(one.model_copy(update={"name": name, "out": str(above / name)}), lambda line: None)
         for one, name in zip(checked, names, strict=True)
     ]
     for one in recipes:

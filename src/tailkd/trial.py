@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tailkd import pair
-from tailkd.bill import settled
+from tailkd.corpora import settled
 from tailkd.data.batches import Batch, collate, evaluation_batches
 from tailkd.data.mixture import AnyRows, parts_of
 from tailkd.data.packing import IGNORED, Row, Rows
@@ -52,7 +52,7 @@ def load(recipe: Recipe, say: Say) -> dict[str, Any]:
         Refusal: what cannot be loaded.
         OutOfMemory: a step does not fit.
     """
-    recipe = settled(recipe)
+    recipe = settled(recipe, say)
     prepare(recipe, pair.read_vocabulary(recipe), say)
     memory = _Memory(ALONE.device)
     parts = build(recipe, lambda line: None, scored=False)
