@@ -29,6 +29,34 @@ class Mutant(NamedTuple):
 
 MUTANTS = (
     Mutant(
+        "a folder's path is told to the hub",
+        "report/origins.py",
+        "    if loaded is None:\n        return _local(name)\n    commit = loaded.parent.name\n",
+        '    commit = "" if loaded is None else loaded.parent.name\n',
+        "tests/report/test_card.py",
+    ),
+    Mutant(
+        "a public repository takes what was to be private",
+        "export.py",
+        "        _refuse_other_readers(repository, bool(api.model_info(repository).private), public)\n",
+        "",
+        "tests/test_export.py",
+    ),
+    Mutant(
+        "half an export under its name",
+        "export.py",
+        'staged = to.absolute().with_name(f".{to.absolute().name}.{os.getpid()}.partial")',
+        "staged = to.absolute()",
+        "tests/test_export.py",
+    ),
+    Mutant(
+        "a secret beside the weights goes along",
+        "export.py",
+        "        if without_secrets(text) != text:",
+        "        if False:",
+        "tests/test_export.py",
+    ),
+    Mutant(
         "a teacher writes ids beyond the usable ones",
         "teacher/rollout.py",
         "scores[:, self.usable :] = -torch.inf",

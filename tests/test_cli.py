@@ -47,6 +47,7 @@ def test_the_verbs_are_these() -> None:
         "prepare",
         "shrink",
         "evaluate",
+        "export",
         "report",
         "check",
         "ledger",

@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 import tailkd
 from tailkd import folder, pair, parts, recipe_file
 from tailkd import run as way
+from tailkd.bill import bill, operations
 from tailkd.errors import Refusal
+from tailkd.recipe_models import WeightedTeacher
 from tailkd.report.record import Run
 
 MEASURES = {
@@ -61,7 +63,7 @@ def small(stranger: SimpleNamespace, out: Path, **objective: Any) -> dict[str, A
 
 
 def test_the_run_folder(finished: Run) -> None:
-    assert {p.name for p in finished.folder.iterdir()} == set(folder.RUN_FILES) - {"crash.json"}
+    assert {p.name for p in finished.folder.iterdir()} == set(folder.RUN_FILES) - {"crash.json", "tasks.json"}
     evaluation = finished.evaluation
     assert evaluation["format"] == 1
     for role in ("teacher", "student_before", "student"):
@@ -320,3 +322,26 @@ def test_held_out_documents_are_never_trained_on(stranger: SimpleNamespace, tmp_
         assert hashes[1]
         assert not hashes[0] & hashes[1]
     assert len(train.documents) == 113
+
+
+def test_what_it_costs_is_written_down_at_its_start(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures of `tailkd ledger`; a model that the ledger cannot read has none, and is trained."""
+    recipe = recipe_file.read(finished.folder / "recipe.yaml")
+    usable = 400
+    for several in (
+        recipe,
+        recipe.model_copy(update={"teacher": (WeightedTeacher(model=str(recipe.one_teacher.model)),) * 2}),
+    ):  # type: ignore[union-attr]
+        found, whole = operations(several, usable=usable), bill(several, usable=usable).as_dict()
+        assert found == {key: whole[key] for key in found}
+    assert finished.bill == {"format": 1, **operations(recipe, usable=usable)}
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("a family unheard of")
+
+    monkeypatch.setattr(way, "operations", fail)
+    parts = SimpleNamespace(recipe=recipe, student=SimpleNamespace(usable=usable), ranks=SimpleNamespace(device=None))
+    way._write_bill(Run(tmp_path), parts)  # type: ignore[arg-type]
+    assert Run(tmp_path).bill is None

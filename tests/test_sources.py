@@ -70,6 +70,11 @@ def test_a_run_on_several_sources(several: dict[str, Any]) -> None:
             assert mean == pytest.approx(measures[name])
     assert "sources" in run.heldout["student"]["measures"]
     assert re.search(r"\| small \| [\d,]+ \| 5\.\d{4} \| \d\.\d{4} \|", (run.folder / "README.md").read_text())
+    for name in ("small", "mixed"):
+        tokens, one = f"{sources[name]['tokens']:,}", by_source[name]
+        measures = rf"{one['cross_entropy']:.4f} \| {one['kl']:.4f} \|"
+        row = rf"\| `{name}\.jsonl` \| \d+ \| {tokens} \| [\d.]+ \| {measures}"
+        assert re.search(row, (run.student / "README.md").read_text())
     done = CliRunner().invoke(cli.app, ["evaluate", str(run.folder)])
     assert done.exit_code == 0, done.output
     assert Run(run.folder).evaluation["student"] == run.evaluation["student"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from tailkd import ledger, pair, recipe_file
 from tailkd.errors import Refusal
 from tailkd.ledger import flops
 from tailkd.ledger.anatomy import dissect
+from tailkd.ledger.parameters import count
 from tailkd.models import load, precision
 from tailkd.recipe import MatchFlops, Recipe
 
@@ -30,6 +32,22 @@ def bill(recipe: Recipe, *, usable: int | None = None, device: torch.device | No
         if hardware.peak_flops is None
         else ledger.Hardware(hardware.peak_flops, hardware.utilisation, hardware.devices, hardware.price_per_hour),
     )
+
+
+def operations(recipe: Recipe, *, usable: int | None = None, device: torch.device | None = None) -> dict[str, Any]:
+    """Parameters and FLOPs of `bill` as a tree, without the memory, which takes a rehearsal of the step."""
+    theirs, ours = pair.configurations(recipe)
+    counts = [count(config).as_dict() for config in theirs.values()]
+    training = _training(recipe, recipe.tokens, usable=usable, device=device)
+    training = replace(training, generation=_generation(recipe, recipe.tokens))
+    paper, ran = (ledger.stages(*_sides(recipe), training, way).as_dict() for way in (ledger.PAPER, None))
+    made = recipe.student.from_teacher
+    student = count(ours, frozen_embeddings=made is not None and made.freeze_embeddings).as_dict()
+    sides = {
+        "student": student,
+        **({"teacher": counts if isinstance(recipe.teacher, tuple) else counts[0]} if counts else {}),
+    }
+    return {"parameters": sides, "pflop_per_million_tokens": paper, "executed": ran}
 
 
 def settled(recipe: Recipe, *, rows: int | None = None) -> Recipe:

@@ -21,6 +21,7 @@ from tailkd import recipe_file
 from tailkd.errors import Refusal
 from tailkd.models import precision
 from tailkd.recipe import Recipe
+from tailkd.report.origins import origins
 from tailkd.report.record import FORMAT, Run, write_json
 from tailkd.secrets import masked
 
@@ -31,9 +32,12 @@ RUN_FILES = (
     "checkpoints",
     "student",
     "data.json",
+    "bill.json",
+    "origins.json",
     "heldout.json",
     "samples.json",
     "evaluation.json",
+    "tasks.json",
     "report.html",
     "README.md",
     "exit.json",
@@ -163,6 +167,7 @@ def start_folder(recipe: Recipe, run: Run, data: dict[str, Any]) -> None:
     recipe_file.write(recipe, run.folder / "recipe.yaml")
     write_json(run.folder / "environment.json", environment())
     write_json(run.folder / "data.json", {"format": FORMAT, **data})
+    write_json(run.folder / "origins.json", {"format": FORMAT, **origins(recipe.resolved(), fetch=True)})
 
 
 def environment() -> dict[str, Any]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from itertools import islice
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,6 +21,7 @@ from tailkd.pair import Vocabulary
 from tailkd.recipe import Recipe
 from tailkd.recipe_data import TrainSource
 from tailkd.recipe_problems import Problem, RecipeRefusal
+from tailkd.report.origins import origins
 from tailkd.report.record import Run
 
 T = TypeVar("T")
@@ -69,7 +68,7 @@ def check(recipe: Recipe, refused: RecipeRefusal | None = None) -> dict[str, Any
         "tokens": budget.tokens,
         "vocabulary": _vocabulary(recipe, shared),
         "corpus": _with_epochs(budget, corpus),
-        "licences": _licences(recipe),
+        "licences": {role: one["card"].get("license") for role, one in origins(recipe.resolved())["models"].items()},
         **made_out.as_dict(),
     }
 
@@ -196,17 +195,3 @@ def _marked(ids: np.ndarray, learned: np.ndarray, marks: tuple[str, str], tokeni
     runs = zip(np.split(ids, changes), np.split(learned, changes), strict=True)
     texts = [(tokenizer.decode(run), bool(flags[0])) for run, flags in runs]
     return "".join(f"{marks[0]}{text}{marks[1]}" if is_learned else text for text, is_learned in texts)
-
-
-def _licences(recipe: Recipe) -> dict[str, str | None]:
-    """What the model folders' cards say; None where they say nothing."""
-    models = {**recipe.teachers, "student": recipe.student}
-    return {role: _licence(model.model) for role, model in models.items() if model.model}
-
-
-def _licence(model: str) -> str | None:
-    card = Path(model).expanduser() / "README.md"
-    if not card.is_file():
-        return None
-    found = re.search(r"^license:\s*(\S+)", card.read_text("utf-8", errors="replace"), re.MULTILINE)
-    return found.group(1) if found else None

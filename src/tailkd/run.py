@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from tailkd import ending, folder, recipe_file
+from tailkd.bill import operations
 from tailkd.corpora import settled
 from tailkd.data.batches import Batches
 from tailkd.data.mixture import AnyRows, parts_of
@@ -22,6 +23,7 @@ from tailkd.parts import Parts, Say, build
 from tailkd.recipe import Recipe
 from tailkd.report.card import write_card
 from tailkd.report.page import write_page
+from tailkd.report.readme import write_readme
 from tailkd.report.record import FORMAT, Metrics, NoMetrics, Run, Stopped, write_json
 from tailkd.report.terminal import Terminal
 from tailkd.secrets import masked
@@ -79,10 +81,20 @@ def distill(
                 if fresh:
                     folder.clear(run)
                 folder.start_folder(checked, run, parts.data)
+                _write_bill(run, parts)
             ranks.wait()
             _finish(run, parts, _train(parts, run, terminal, stop, allowed))
             ranks.wait()
     return Run(run.folder)
+
+
+def _write_bill(run: Run, parts: Parts) -> None:
+    """What the run costs, for its report and card."""
+    made_out = None
+    with suppress(Exception):  # a model that the ledger cannot read is trained all the same
+        made_out = operations(parts.recipe, usable=parts.student.usable, device=parts.ranks.device)
+    if made_out is not None:
+        write_json(run.folder / "bill.json", {"format": FORMAT, **made_out})
 
 
 def _train(
@@ -241,6 +253,7 @@ def _short(values: dict[str, Any]) -> str:
 
 def _write_report(run: Run) -> None:
     write_page([run], run.folder / "report.html")
+    write_readme(run)
     write_card(run)
 
 

@@ -19,7 +19,8 @@ FORMAT = 1
 class Run:
     """A run folder, read as it is asked for.
 
-    recipe.yaml, environment.json, metrics.jsonl, checkpoints/, student/, evaluation.json, report.html, README.md.
+    recipe.yaml, environment.json, metrics.jsonl, checkpoints/, student/, evaluation.json, report.html, README.md; what
+    an older run folder lacks of the rest is None or empty.
     """
 
     folder: Path
@@ -77,6 +78,28 @@ class Run:
         return self._json("data.json")
 
     @cached_property
+    def bill(self) -> dict[str, Any] | None:
+        """bill.json: parameters, and FLOPs per million tokens, by the ledger (see `tailkd.bill.operations`).
+
+        None in an older run folder, and where the ledger cannot read the models.
+        """
+        return self._json("bill.json") if (self.folder / "bill.json").is_file() else None
+
+    @cached_property
+    def origins(self) -> dict[str, Any]:
+        """origins.json: where models and corpora come from, see `report.origins`; of an older run, as found now."""
+        if (self.folder / "origins.json").is_file():
+            return self._json("origins.json")
+        from tailkd.report.origins import origins
+
+        return origins(self.recipe)
+
+    @cached_property
+    def tasks(self) -> list[dict[str, Any]]:
+        """tasks.json: results of the student on tasks; empty where none was measured."""
+        return self._json("tasks.json")["results"] if (self.folder / "tasks.json").is_file() else []
+
+    @cached_property
     def samples(self) -> dict[str, Any]:
         """samples.json: what student and teacher write after one prompt."""
         return self._json("samples.json")
@@ -87,7 +110,8 @@ class Run:
 
     @cached_property
     def environment(self) -> dict[str, Any]:
-        return json.loads((self.folder / "environment.json").read_text())
+        """environment.json: versions and hardware."""
+        return self._json("environment.json")
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
@@ -130,7 +154,10 @@ def flattened(values: dict[str, Any], above: str = "") -> dict[str, Any]:
 
 def checked(content: dict[str, Any], path: Path) -> dict[str, Any]:
     if content.get("format") != FORMAT:
-        raise Refusal(f"{path} has format {content.get('format')}; this tailkd reads format {FORMAT}")
+        raise Refusal(
+            f"{path} has format {content.get('format')}; this tailkd reads format {FORMAT}: take the version that "
+            "wrote it, or a newer one"
+        )
     return content
 
 
