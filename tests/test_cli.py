@@ -48,6 +48,7 @@ def test_the_verbs_are_these() -> None:
         "shrink",
         "evaluate",
         "export",
+        "measure",
         "report",
         "check",
         "ledger",

@@ -24,11 +24,13 @@ from tailkd.report.record import Run
 MEASURES = {
     "tokens",
     "cross_entropy",
+    "entropy",
     "kl",
     "head_kl",
     "tail_kl",
     "full_ece",
     "ece",
+    "log_ece",
     "top1_accuracy",
     "top1_agreement",
     "mismatch_rate",

@@ -49,7 +49,12 @@ VERSIONS = ("tailkd", "torch", "transformers", "tokenizers", "datasets", "numpy"
 
 def store(recipe: Recipe) -> Path:
     """Where prepared tokens lie, and scores beside them."""
-    return Path(recipe.data.store or os.environ.get("TAILKD_CACHE") or "~/.cache/tailkd/tokens").expanduser()
+    return Path(recipe.data.store).expanduser() if recipe.data.store else shared_store()
+
+
+def shared_store() -> Path:
+    """Where they lie if nobody says another place."""
+    return Path(os.environ.get("TAILKD_CACHE") or "~/.cache/tailkd/tokens").expanduser()
 
 
 def holds_a_run(run: Run) -> bool:

@@ -103,7 +103,7 @@ def read_vocabulary(recipe: Recipe) -> Vocabulary:
         if own is None:
             raise Refusal(f"student.model: {_name('student', student)!r} holds no tokenizer; save one into it")
         usable = vocabulary.tokenizer_usable_ids(own, student_rows)
-        return Vocabulary(own, usable, _begin_token(recipe, own))
+        return Vocabulary(own, usable, begin_token(own, recipe.data.bos))
     theirs = {key: _tokenizer(key, teacher) for key, teacher in recipe.teachers.items()}
     tokenizer = own or next((one for one in theirs.values() if one is not None), None)
     if tokenizer is None:
@@ -115,7 +115,7 @@ def read_vocabulary(recipe: Recipe) -> Vocabulary:
     )
     for key in configs:
         vocabulary.check_fold(recipe.vocabulary.fold, usable, rows[key], teacher=_told(recipe, key))
-    return Vocabulary(tokenizer, usable, _begin_token(recipe, tokenizer))
+    return Vocabulary(tokenizer, usable, begin_token(tokenizer, recipe.data.bos))
 
 
 def _told(recipe: Recipe, key: str) -> str:
@@ -131,11 +131,12 @@ def _vocabulary_rows(config: Any) -> int:
     return config.get_text_config().vocab_size
 
 
-def _begin_token(recipe: Recipe, tokenizer: Any) -> int | None:
+def begin_token(tokenizer: Any, rule: str = "auto") -> int | None:
+    """The token before each row by a rule of `data.bos`; auto does what the tokenizer does."""
     begin = tokenizer.bos_token_id
-    if recipe.data.bos == "never":
+    if rule == "never":
         return None
-    if recipe.data.bos == "always":
+    if rule == "always":
         if begin is None:
             raise Refusal(
                 "data.bos is 'always' but the tokenizer has no begin token (bos_token); take 'auto' or 'never'"

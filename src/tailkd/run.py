@@ -208,10 +208,7 @@ def _finish(run: Run, parts: Parts, found: dict[str, HeldOut | None]) -> None:
 
 
 def _write_heldout(run: Run, found: dict[str, HeldOut | None]) -> None:
-    content = {
-        role: None if one is None else {"measures": one.measures, "rows": one.rows, "reliability": one.reliability}
-        for role, one in found.items()
-    }
+    content = {role: None if one is None else vars(one) for role, one in found.items()}
     write_json(run.folder / "heldout.json", {"format": FORMAT, **content})
 
 

@@ -12,6 +12,7 @@ import tailkd
 from tailkd.data.batches import evaluation_batches
 from tailkd.data.packing import Rows
 from tailkd.evaluate import heldout
+from tailkd.evaluate.calibration import Ece, LogEce
 from tailkd.models.head import SplitModel
 from tailkd.teacher.live import LiveTeacher
 
@@ -56,6 +57,7 @@ def test_measures_are_means_over_tokens(
                 a, b = p[t, tail].sum(), q[t, tail].sum()
                 found = {
                     "cross_entropy": -q[t, label].log(),
+                    "entropy": -(q[t] * q[t].log()).sum(),
                     "kl": (p[t] * (p[t] / q[t]).log()).sum(),
                     "head_kl": (p[t, head] * (p[t, head] / q[t, head]).log()).sum() + a * (a / b).log(),
                     "tail_kl": (p[t, tail] * (p[t, tail] / a / (q[t, tail] / b)).log()).sum(),
@@ -80,7 +82,13 @@ def test_measures_are_means_over_tokens(
         assert measures.pop("full_ece") == pytest.approx(
             tailkd.full_ece(torch.stack(probabilities), torch.tensor(labels)), abs=1e-5
         )
-        assert 0 <= measures.pop("ece") <= 1
+        top, log = Ece(), LogEce()
+        top.update(torch.stack(probabilities), torch.tensor(labels))
+        log.update(torch.stack(probabilities), torch.tensor(labels))
+        assert measures.pop("ece") == pytest.approx(top.value(), abs=1e-5)
+        assert measures.pop("log_ece") == pytest.approx(log.value(), abs=1e-5)
+        for one, other in zip(found.log_reliability, log.reliability(), strict=True):
+            assert one == pytest.approx(other, rel=1e-4)
         assert {**measures, **{f"tail_mass {k}": v for k, v in tail_mass.items()}} == pytest.approx(
             expected, rel=1e-4, abs=1e-6
         )
@@ -101,6 +109,22 @@ def test_without_a_teacher(rows: Rows, pair: tuple[SplitModel, LiveTeacher]) -> 
     assert alone["kl"] is alone["acceptance"] is None
     assert alone["cross_entropy"] == pytest.approx(beside["cross_entropy"], rel=1e-8)
     assert set(alone) == set(beside)
+
+
+def test_files_of_older_runs_open() -> None:
+    assert heldout.HeldOut(**{"measures": {}, "rows": {}, "reliability": []}).log_reliability == []
+
+
+def test_tail_sizes_are_asked_for(rows: Rows, pair: tuple[SplitModel, LiveTeacher]) -> None:
+    """As many as there are ids, and more, leave no tail; those by default are what they were."""
+    student, teacher = pair
+    plain = heldout.evaluate(student, teacher, batches(rows, 8), top_k=3).measures["tail_mass"]
+    asked = heldout.evaluate(student, teacher, batches(rows, 8), top_k=3, tail_sizes=(2, 10, USABLE, 1000))
+    masses = asked.measures["tail_mass"]
+    assert list(masses) == ["2", "10", str(USABLE), "1000"]
+    assert masses["10"] == pytest.approx(plain["10"])
+    assert plain["1"] > masses["2"] > plain["5"]
+    assert masses[str(USABLE)] == masses["1000"] == 0
 
 
 def test_training_mode_is_given_back(rows: Rows, pair: tuple[SplitModel, LiveTeacher]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tailkd.report import compare
+from tailkd.report.figures import charts
 from tailkd.report.findings import findings, warnings
 from tailkd.report.page import write_page
 from tailkd.report.record import Run
@@ -137,6 +138,22 @@ def test_the_page_is_one_file_that_escapes_what_it_shows(three: list[Run], tmp_p
     alone = write_page(three[:1], tmp_path / "alone.html").read_text("utf-8")
     assert "What did the student reach?" in alone
     assert "What the recipes differ in" not in alone
+
+
+def test_probabilities_of_every_size_are_drawn_where_all_runs_have_measured_them(three: list[Run]) -> None:
+    title, table = "Calibration of all probabilities", [[1e-6, 0.0, 900.0, 0.0], [1e-3, 2e-3, 50.0, 100.0]]
+    assert title not in [chart.title for chart in charts(three)]
+    for number, run in enumerate(three):
+        held = json.loads((run.folder / "heldout.json").read_text())
+        measured = json.loads((run.folder / "evaluation.json").read_text())
+        for role in ("teacher", "student"):
+            held[role]["log_reliability"] = [*table, [0.6, 0.5 + 0.1 * number, 40.0, 40.0]]
+            measured[role]["log_ece"] = 0.1 * (number + 1)
+        (run.folder / "heldout.json").write_text(json.dumps(held))
+        (run.folder / "evaluation.json").write_text(json.dumps(measured))
+    (chart,) = (chart for chart in charts([Run(run.folder) for run in three]) if chart.title == title)
+    assert "error over these bins kl 10.00 %, tad 20.00 %, near 30.00 %." in chart.words
+    assert all(name in chart.svg for name in ("kl", "tad", "near", "teacher", "how often it comes"))
 
 
 def test_other_formats_are_refused(tmp_path: Path) -> None:

@@ -367,7 +367,9 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], rel: float) -> 
     tail_mass = expected["measures"]["tail_mass"]
     assert found["measures"]["tail_mass"] == pytest.approx(tail_mass, rel=rel)
     for name in expected["measures"].keys() - {"tail_mass"}:
-        assert found["measures"][name] == pytest.approx(expected["measures"][name], rel=rel, abs=1e-15), name
+        crossing = name == "log_ece" and rel > 1e-6  # a nearly equal probability may lie beyond the border of its bin
+        slack = 1e-3 if crossing else 1e-15
+        assert found["measures"][name] == pytest.approx(expected["measures"][name], rel=rel, abs=slack), name
     assert found["rows"].keys() == expected["rows"].keys()
     for name, values in expected["rows"].items():
         assert found["rows"][name] == pytest.approx(values, rel=rel, abs=1e-12), name

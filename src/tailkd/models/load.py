@@ -54,7 +54,7 @@ def check_gguf(role: str, gguf_file: str | None) -> None:
     """GGUF files are read by packages of their own."""
     missing = [name for name in GGUF_PACKAGES if find_spec(name) is None] if gguf_file else []
     if missing:
-        raise Refusal(f"{role}.gguf_file needs {' and '.join(missing)}: pip install 'tailkd[gguf]'")
+        raise Refusal(f"{_key(role, 'gguf_file')} needs {' and '.join(missing)}: pip install 'tailkd[gguf]'")
 
 
 def _gguf_config(model: str, gguf_file: str, revision: str | None) -> Any:
@@ -167,8 +167,8 @@ def load_model(
     missing = sorted(report["missing_keys"])
     if missing:
         raise Refusal(
-            f"{role}.model: {model!r} lacks {len(missing)} weights of its own configuration, such as {missing[0]!r}; "
-            "they would be random: give a complete folder"
+            f"{_key(role, 'model')}: {model!r} lacks {len(missing)} weights of its own configuration, such as "
+            f"{missing[0]!r}; they would be random: give a complete folder"
         )
     return loaded.to(device).eval()
 
@@ -178,9 +178,14 @@ def _expanded(model: str) -> str:
     return str(path) if path.is_dir() else model
 
 
+def _key(role: str, name: str) -> str:
+    """A key of the recipe; where the role is empty, as of a model that no recipe names, the name alone."""
+    return f"{role}.{name}" if role else name
+
+
 def _unreadable(role: str, model: str, what: str, error: Exception) -> Refusal:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return Refusal(f"{role}.model: the {what} of {model!r} could not be read ({first}); {OFFLINE_HINT}")
+    return Refusal(f"{_key(role, 'model')}: the {what} of {model!r} could not be read ({first}); {OFFLINE_HINT}")
 
 
 def check_saved_tokenizer(tokenizer: Any, config: Any, texts: list[str]) -> None:

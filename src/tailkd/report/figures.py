@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,7 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
         _over_tokens(runs, "tail_kl", "Tail part of the held-out KL"),
         _tail_mass(runs),
         _reliability(runs),
+        _log_reliability(runs),
     ]
     return [chart for chart in drawn if chart is not None]
 
@@ -73,21 +75,26 @@ def _tail_mass(runs: Sequence[Run]) -> Chart:
     teacher = runs[0].evaluation["teacher"]
 
     def draw(axes: Any) -> None:
-        for number, (name, measures) in enumerate(models.items()):
-            axes.plot(*_points(measures), label=name, marker="o", markersize=3, **_style(number))
+        draw_tail_mass(axes, models, "mass outside the teacher's top K")
         if teacher is not None:
             axes.plot(*_points(teacher), label="teacher", marker="s", markersize=3, color=INK, linewidth=1.6)
-        axes.set_xscale("log")
-        axes.set_xticks(sizes := [int(k) for k in next(iter(models.values()))["tail_mass"]], [str(k) for k in sizes])
-        axes.minorticks_off()
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("K")
-        axes.set_ylabel("mass outside the teacher's top K")
 
     shown = {**models, **({"teacher": teacher} if teacher else {})}
     ends = ", ".join(f"{name} {measures['tail_mass']['10']:.3f}" for name, measures in shown.items())
     words = f"Probability mass outside the teacher's K first ids; at K = 10 {ends}."
     return Chart("Tail mass against K", _svg(draw), words, "" if teacher is None else _mismatch(teacher))
+
+
+def draw_tail_mass(axes: Any, models: dict[str, dict[str, Any]], label: str) -> None:
+    """The tail mass of each model's measures against K."""
+    for number, (name, measures) in enumerate(models.items()):
+        axes.plot(*_points(measures), label=name, marker="o", markersize=3, **_style(number))
+    axes.set_xscale("log")
+    axes.set_xticks(sizes := [int(k) for k in next(iter(models.values()))["tail_mass"]], [str(k) for k in sizes])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("K")
+    axes.set_ylabel(label)
 
 
 def _mismatch(teacher: dict[str, Any]) -> str:
@@ -127,6 +134,47 @@ def _reliable(heldout: dict[str, Any]) -> tuple[list[float], list[float]]:
     return [point[0] for point in points], [point[1] for point in points]
 
 
+def _log_reliability(runs: Sequence[Run]) -> Chart | None:
+    """Of runs that have measured it."""
+    teacher = runs[0].heldout["teacher"]
+    tables = {run.name: run.heldout["student"].get("log_reliability") for run in runs}
+    theirs = None if teacher is None else teacher.get("log_reliability")
+    if not all(tables.values()):
+        return None
+
+    def draw(axes: Any) -> None:
+        draw_log_reliability(axes, tables)
+        if theirs:
+            axes.plot(*_reliable_by_size(theirs), label="teacher", marker="s", markersize=3, color=INK, linewidth=1.6)
+
+    ends = ", ".join(f"{run.name} {100 * run.evaluation['student']['log_ece']:.2f} %" for run in runs)
+    return Chart(
+        "Calibration of all probabilities",
+        _svg(draw),
+        "How often ids come true against the probability that they were given, the whole vocabulary at every position "
+        f"in bins of a factor of 4; on the thin line both are the same. Calibration error over these bins {ends}.",
+    )
+
+
+def draw_log_reliability(axes: Any, tables: dict[str, list[list[float]]]) -> None:
+    """Each model's observed frequency against its probability, down to the tail; see `LogEce.reliability`."""
+    points = {name: _reliable_by_size(table) for name, table in tables.items()}
+    lowest = min((min(one[0]) for one in points.values() if one[0]), default=0.1)
+    axes.plot([lowest, 1], [lowest, 1], color=INK, linewidth=0.6)
+    for number, (name, one) in enumerate(points.items()):
+        axes.plot(*one, label=name, marker="o", markersize=3, **_style(number))
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("probability of an id")
+    axes.set_ylabel("how often it comes")
+
+
+def _reliable_by_size(table: list[list[float]]) -> tuple[list[float], list[float]]:
+    """Mean probability and frequency of the bins in which enough came or was expected to come."""
+    points = [point for point in table if point[3] and max(point[2], point[3]) >= LEAST_IN_A_BIN]
+    return [point[0] for point in points], [point[1] for point in points]
+
+
 def _style(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)], "linewidth": 1.6}
 
@@ -139,8 +187,22 @@ def _short(value: float) -> str:
 
 
 def _svg(draw: Callable[[Any], None]) -> str:
-    import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    with drawn(draw) as figure:
+        buffer = io.StringIO()
+        for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
+            patch.set_alpha(0)
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    return text[text.index("<svg") :].replace(INK, "currentColor")
+
+
+@contextmanager
+def drawn(draw: Callable[[Any], None], title: str = "") -> Iterator[Any]:
+    """The figure, in the style of all of them; to be saved inside."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     settings: dict[Any, Any] = {
@@ -156,10 +218,6 @@ def _svg(draw: Callable[[Any], None]) -> str:
         draw(axes)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-        buffer = io.StringIO()
-        figure.patch.set_alpha(0)
-        axes.patch.set_alpha(0)
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    return text[text.index("<svg") :].replace(INK, "currentColor")
+        if title:
+            figure.suptitle(title, fontsize=10)
+        yield figure

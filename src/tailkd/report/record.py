@@ -69,7 +69,9 @@ class Run:
 
     @cached_property
     def heldout(self) -> dict[str, Any]:
-        """heldout.json: for each role its measures, sums per held-out row and reliability."""
+        """heldout.json: for each role its measures, sums per held-out row, reliability, and not in old ones
+        log_reliability.
+        """
         return self._json("heldout.json")
 
     @cached_property
