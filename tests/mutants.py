@@ -638,6 +638,41 @@ MUTANTS = (
         "divisor=batch.count / self.ranks.world,",
         "tests/train/test_excess.py",
     ),
+    Mutant(
+        "a step is shown twice after a resume",
+        "track/follow.py",
+        'if record["step"] > sink.last:',
+        "if sink.last is not None:",
+        "tests/test_track.py",
+    ),
+    Mutant(
+        "a tool that hangs is waited for",
+        "track/trackers.py",
+        "if process.wait(max(0.0, until - time.monotonic())):",
+        "if process.wait(40 + max(0.0, until - time.monotonic())):",
+        "tests/test_track.py",
+    ),
+    Mutant(
+        "a call of a tool may take for ever",
+        "track/follow.py",
+        "signal.alarm(PATIENCE)",
+        "signal.alarm(0)",
+        "tests/test_track.py",
+    ),
+    Mutant(
+        "what a tool started lives on",
+        "track/trackers.py",
+        "os.killpg(process.pid, signal.SIGKILL)",
+        "os.kill(process.pid, signal.SIGKILL)",
+        "tests/test_track.py",
+    ),
+    Mutant(
+        "a run that is looked at is taken for one in use",
+        "folder.py",
+        "if time.monotonic() < until:",
+        "if time.monotonic() < 0:",
+        "tests/test_watching.py",
+    ),
 )
 
 

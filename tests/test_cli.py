@@ -42,6 +42,7 @@ def test_the_verbs_are_these() -> None:
     assert names == {
         "demo",
         "distill",
+        "status",
         "sweep",
         "generate",
         "prepare",

@@ -47,7 +47,7 @@ def test_bad_recipes_load_no_torch(tmp_path: Path) -> None:
     assert not {"torch", "transformers"} & modules
 
 
-def test_report_loads_no_torch(stranger: SimpleNamespace, tmp_path: Path) -> None:
+def test_report_status_and_trackers_load_no_torch(stranger: SimpleNamespace, tmp_path: Path) -> None:
     run = tailkd.distill(
         {
             "name": "tiny",
@@ -59,7 +59,8 @@ def test_report_loads_no_torch(stranger: SimpleNamespace, tmp_path: Path) -> Non
             "evaluate": {"tokens": 100},
         }
     )
-    modules = loaded(f"from tailkd.cli import app\napp(['report', {str(run.folder)!r}], standalone_mode=False)")
+    calls = (f"app([{verb!r}, {str(run.folder)!r}], standalone_mode=False)" for verb in ("report", "status"))
+    modules = loaded("\n".join(["import tailkd.track.follow", "from tailkd.cli import app", *calls]))
     assert not {"torch", "transformers", "datasets"} & modules
 
 

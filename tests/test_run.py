@@ -65,7 +65,13 @@ def small(stranger: SimpleNamespace, out: Path, **objective: Any) -> dict[str, A
 
 
 def test_the_run_folder(finished: Run) -> None:
-    assert {p.name for p in finished.folder.iterdir()} == set(folder.RUN_FILES) - {"crash.json", "tasks.json"}
+    assert {p.name for p in finished.folder.iterdir()} == set(folder.RUN_FILES) - {
+        "crash.json",
+        "tasks.json",
+        "track.json",
+        "tensorboard",
+        "wandb",
+    }
     evaluation = finished.evaluation
     assert evaluation["format"] == 1
     for role in ("teacher", "student_before", "student"):

@@ -13,6 +13,7 @@ from tailkd.errors import Refusal
 from tailkd.ledger import flops
 from tailkd.ledger.anatomy import dissect
 from tailkd.ledger.parameters import count
+from tailkd.ledger.peak import measured_peak
 from tailkd.models import load, precision
 from tailkd.recipe import MatchFlops, Recipe
 
@@ -92,6 +93,20 @@ def flops_per_token(recipe: Recipe) -> float:
     The text that `generate` writes is among them where it grows with the tokens: without a `generate.count`.
     """
     return ledger.stages(*_sides(recipe), _training(recipe, 1), ledger.PAPER).total * PETA
+
+
+def best_speed(recipe: Recipe, device: torch.device, devices: int) -> float | None:
+    """Tokens per second if every device did nothing but the run's matrix products, at its peak.
+
+    ``devices * hardware.peak_flops / executed FLOPs of a trained token``; the peak is measured where none is stated.
+    None of a model whose operations the ledger does not know.
+    """
+    try:
+        found = ledger.stages(*_sides(recipe), _training(recipe, 1, device=device), None)
+    except Refusal:
+        return None
+    peak = recipe.hardware.peak_flops or measured_peak(device, precision.resolve(recipe.training.precision, device))
+    return devices * peak / (PETA * (found.teacher_forward + found.student_step))
 
 
 def _matched(recipe: Recipe, path: str, above: tuple[str, ...]) -> float:

@@ -9,6 +9,7 @@ import platform
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
 from importlib import metadata
@@ -19,9 +20,11 @@ import torch
 
 from tailkd import recipe_file
 from tailkd.errors import Refusal
+from tailkd.ledger.peak import measured_peak
 from tailkd.models import precision
 from tailkd.recipe import Recipe
 from tailkd.report.origins import origins
+from tailkd.report.progress import size_shown
 from tailkd.report.record import FORMAT, Run, write_json
 from tailkd.secrets import masked
 
@@ -42,8 +45,12 @@ RUN_FILES = (
     "README.md",
     "exit.json",
     "crash.json",
+    "track.json",
+    "tensorboard",
+    "wandb",
 )
 LOCK = "lock.json"
+LOOKED_AT = 0.1  # seconds; `tailkd status` holds a lock for less
 VERSIONS = ("tailkd", "torch", "transformers", "tokenizers", "datasets", "numpy")
 
 
@@ -119,12 +126,15 @@ def locked(run: Run) -> Iterator[None]:
 
 
 def _lock(path: Path) -> IO[str]:
+    until = time.monotonic() + LOOKED_AT
     while True:
         file = path.open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with file:
+                if time.monotonic() < until:
+                    continue
                 file.seek(0)
                 owner = json.loads(file.read() or "{}")
             raise Refusal(
@@ -152,13 +162,9 @@ def refuse_small_disk(folder: Path, needed: int) -> None:
     missing = needed - sum(path.lstat().st_size for path in folder.glob("checkpoints/step-*/*.safetensors"))
     if free < missing:
         raise Refusal(
-            f"{folder}: checkpoints and student still need {_bytes(missing)}, the disk has {_bytes(free)} free; "
-            "give another `out`, free some, or keep fewer with training.keep_checkpoints"
+            f"{folder}: checkpoints and student still need {size_shown(missing)}, the disk has {size_shown(free)} "
+            "free; give another `out`, free some, or keep fewer with training.keep_checkpoints"
         )
-
-
-def _bytes(number: int) -> str:
-    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
 
 
 def _nearest(folder: Path) -> Path:
@@ -170,7 +176,7 @@ def start_folder(recipe: Recipe, run: Run, data: dict[str, Any]) -> None:
     """Make the folder with what is known before training."""
     run.folder.mkdir(parents=True, exist_ok=True)
     recipe_file.write(recipe, run.folder / "recipe.yaml")
-    write_json(run.folder / "environment.json", environment())
+    write_json(run.folder / "environment.json", {**environment(), "matrix_products": _matrix_products(recipe)})
     write_json(run.folder / "data.json", {"format": FORMAT, **data})
     write_json(run.folder / "origins.json", {"format": FORMAT, **origins(recipe.resolved(), fetch=True)})
 
@@ -186,6 +192,13 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
     }
+
+
+def _matrix_products(recipe: Recipe) -> dict[str, Any]:
+    """How fast one device makes them in the precision of the run."""
+    device = precision.default_device()
+    dtype = precision.resolve(recipe.training.precision, device)
+    return {"dtype": str(dtype).removeprefix("torch."), "flops_per_second": measured_peak(device, dtype)}
 
 
 def clear(run: Run) -> None:

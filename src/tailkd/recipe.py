@@ -11,6 +11,7 @@ from pydantic import Field, Tag
 from tailkd.recipe_data import Data
 from tailkd.recipe_generate import Generate
 from tailkd.recipe_models import Student, Teacher, Vocabulary, WeightedTeacher
+from tailkd.recipe_track import Track
 from tailkd.recipe_types import (
     MADE_UP,
     ONE,
@@ -195,6 +196,8 @@ class Recipe(Section):
     training: Training
     evaluate: Evaluate = Evaluate()
     hardware: Hardware = Hardware()
+    track: Track = Track()
+    """Tools that show the run while it trains."""
     generate: Generate | None = None
     """Text for the teacher to write; null for none."""
 
@@ -263,6 +266,7 @@ COSMETIC = (
     "training.strategy",
     "evaluate.",
     "hardware.",
+    "track.",
     "generate",
 )
 """Keys that change nothing of what is trained."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from tailkd import ending, folder, recipe_file
-from tailkd.bill import operations
+from tailkd.bill import best_speed, operations
 from tailkd.corpora import settled
 from tailkd.data.batches import Batches
 from tailkd.data.mixture import AnyRows, parts_of
@@ -28,6 +29,7 @@ from tailkd.report.record import FORMAT, Metrics, NoMetrics, Run, Stopped, write
 from tailkd.report.terminal import Terminal
 from tailkd.secrets import masked
 from tailkd.teacher.live import LiveTeacher
+from tailkd.track.trackers import Trackers, refuse_missing
 from tailkd.train.checkpoint import Checkpoints, Cursor
 from tailkd.train.loop import Hooks, Loop, Plan
 from tailkd.train.optim import Schedule, build_optimizer
@@ -65,7 +67,7 @@ def distill(
     read = recipe if isinstance(recipe, Recipe) else recipe_file.read(recipe, overrides)
     ranks = Ranks.start()
     with ranks.in_turns():
-        checked = settled(read, _quietly)
+        checked = settled(read, lambda line: print(line, file=sys.stderr) if ranks.leads else None)
     run, allowed = Run(checked.folder), frozenset(allow_change)
     stop = StopRequest(checked.training.stop_after_seconds, ranks.agreed)
     with Terminal(steps=checked.steps, name=checked.name, quiet=not ranks.leads) as terminal:
@@ -75,7 +77,9 @@ def distill(
             terminal.say(f"already finished in {run.folder}; --fresh trains it anew")
             return run
         folder.refuse_unwritable(run.folder)
-        with folder.locked(run) if ranks.leads else nullcontext(), ending.noted(run, leads=ranks.leads), stop:
+        refuse_missing(checked.track.tools)
+        tools = Trackers(checked.track.tools if ranks.leads else (), run, terminal.say)
+        with folder.locked(run) if ranks.leads else nullcontext(), ending.noted(run, leads=ranks.leads), stop, tools:
             parts = build(checked, terminal.say, ranks=ranks, heed=stop.heed)
             if ranks.leads:
                 if fresh:
@@ -83,7 +87,7 @@ def distill(
                 folder.start_folder(checked, run, parts.data)
                 _write_bill(run, parts)
             ranks.wait()
-            _finish(run, parts, _train(parts, run, terminal, stop, allowed))
+            _finish(run, parts, _train(parts, run, terminal, stop, tools, allow_change=allowed))
             ranks.wait()
     return Run(run.folder)
 
@@ -98,7 +102,7 @@ def _write_bill(run: Run, parts: Parts) -> None:
 
 
 def _train(
-    parts: Parts, run: Run, terminal: Terminal, stop: StopRequest, allow_change: frozenset[str]
+    parts: Parts, run: Run, terminal: Terminal, stop: StopRequest, tools: Trackers, *, allow_change: frozenset[str]
 ) -> dict[str, HeldOut | None]:
     """Train to the end; the held-out measures of teacher, student before and student."""
     recipe, training, student, ranks = parts.recipe, parts.recipe.training, parts.student, parts.ranks
@@ -115,6 +119,7 @@ def _train(
     )
     cursor = checkpoints.resume(student.plain, optimizer)
     metrics = Metrics(run.folder / "metrics.jsonl", resume_at=cursor.metrics_bytes) if ranks.leads else NoMetrics()
+    tools.follow()
     before = _measures_before(parts, run, metrics, cursor, stop)
     if cursor.step:
         terminal.say(f"going on from step {cursor.step:,} of {recipe.steps:,}")
@@ -122,6 +127,7 @@ def _train(
     def record(values: dict[str, Any]) -> None:
         metrics.append(values)
         terminal.step(values)
+        tools.look()
 
     last = before["student_before"]  # what is known of the student, should the run diverge
 
@@ -133,23 +139,17 @@ def _train(
         return found
 
     loop = Loop(
-        step=Step(
-            student,
-            parts.teacher,
-            Objective(**recipe.objective.settings()),
-            optimizer,
-            micro_batch_size=training.micro_batch_size,
-            clip_norm=training.clip_norm,
-            ranks=ranks,
-            heed=stop.heed,
-            auto_microbatch=training.auto_microbatch,
-            say=terminal.say,
-            hidden=parts.hidden,
-        ),
+        step=_step(parts, optimizer, stop, terminal.say),
         batches=Batches(parts.train_rows, batch_size=training.batch_size, seed=training.seed),
         schedule=Schedule(training.learning_rate, recipe.steps, training.warmup_fraction, training.final_fraction),
         checkpoints=checkpoints,
-        plan=Plan(recipe.steps, training.seed, training.save_every_tokens, recipe.evaluate.every_tokens),
+        plan=Plan(
+            recipe.steps,
+            training.seed,
+            training.save_every_tokens,
+            recipe.evaluate.every_tokens,
+            best_speed=best_speed(recipe, ranks.device, ranks.world) if ranks.leads else None,
+        ),
         hooks=Hooks(record, evaluate, metrics.size),
     )
     with checkpoints, _reported(run, ranks, lambda: {**before, "student": last}):
@@ -157,6 +157,23 @@ def _train(
     after = evaluate(cursor.step, cursor.tokens)
     metrics.close()
     return {**before, "student": after}
+
+
+def _step(parts: Parts, optimizer: Any, stop: StopRequest, say: Say) -> Step:
+    training = parts.recipe.training
+    return Step(
+        parts.student,
+        parts.teacher,
+        Objective(**parts.recipe.objective.settings()),
+        optimizer,
+        micro_batch_size=training.micro_batch_size,
+        clip_norm=training.clip_norm,
+        ranks=parts.ranks,
+        heed=stop.heed,
+        auto_microbatch=training.auto_microbatch,
+        say=say,
+        hidden=parts.hidden,
+    )
 
 
 @contextmanager
@@ -257,10 +274,6 @@ def _write_report(run: Run) -> None:
 def leads() -> bool:
     """Whether this process is the one that speaks."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _quietly(line: str) -> None:
-    """What preparing says is said when the parts are built."""
 
 
 # ----- a verb beside distill

@@ -25,6 +25,7 @@ from tailkd.parts import Parts, Say, build, prepare
 from tailkd.recipe import Recipe
 from tailkd.teacher.live import LiveTeacher, Teacher
 from tailkd.train.checkpoint import Checkpoints, Cursor
+from tailkd.train.memory import status_bytes
 from tailkd.train.optim import build_optimizer
 from tailkd.train.ranks import ALONE
 from tailkd.train.step import Step
@@ -32,7 +33,7 @@ from tailkd.train.step import Step
 TIMED_STEPS, TIMED_SECONDS = 2, 2.0  # at least; steps of milliseconds are repeated until their times tell something
 SAVED_BYTES = 1 << 30  # of a save that is timed
 BLOCK_BYTES = 16 << 20  # of float32 logits
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+CLEAR = Path("/proc/self/clear_refs")
 
 
 def load(recipe: Recipe, say: Say) -> dict[str, Any]:
@@ -75,7 +76,7 @@ class _Memory:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._before = torch.cuda.memory_allocated() if self._on_gpu else _status("VmRSS") or 0
+        self._before = torch.cuda.memory_allocated() if self._on_gpu else status_bytes("VmRSS") or 0
 
     def forget_building(self) -> None:
         """Models are loaded once, with copies that training does not have."""
@@ -85,13 +86,8 @@ class _Memory:
             CLEAR.write_text("5")
 
     def peak_bytes(self) -> int | None:
-        peak = torch.cuda.max_memory_allocated() if self._on_gpu else _status("VmHWM")
+        peak = torch.cuda.max_memory_allocated() if self._on_gpu else status_bytes("VmHWM")
         return None if peak is None else peak - self._before
-
-
-def _status(name: str) -> int | None:
-    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(name)), None)
 
 
 # ----- time

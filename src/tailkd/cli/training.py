@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tailkd.cli.app import Fresh, Overrides, RecipePath, app, quiet
+from tailkd.cli.app import Fresh, Json, Overrides, RecipePath, app, quiet
 from tailkd.errors import BUG
 
 
@@ -73,6 +74,21 @@ def distill(
     if way.leads():
         print_table([finished])
         print(f"report: {finished.folder / 'report.html'}")
+
+
+@app.command()
+def status(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")], json_: Json = False
+) -> None:
+    """How runs stand: step, losses, speed, time left, last checkpoint; also while another process trains them."""
+    from tailkd.report import status as standing
+    from tailkd.report.record import Run
+
+    found = [standing.status(Run(folder)) for folder in runs]
+    if json_:
+        print(json.dumps(found, indent=1))
+        return
+    print(*(line for one in found for line in standing.lines(one)), sep="\n")
 
 
 @app.command()

@@ -106,6 +106,11 @@ class Run:
         """samples.json: what student and teacher write after one prompt."""
         return self._json("samples.json")
 
+    @cached_property
+    def track(self) -> dict[str, Any]:
+        """track.json: the key of the run in the tools that show it."""
+        return self._json("track.json")
+
     def _json(self, name: str) -> dict[str, Any]:
         path = self.folder / name
         return checked(json.loads(path.read_text()), path)

@@ -12,6 +12,7 @@ import torch
 from tailkd.data.batches import Batch, Batches, mixed_seed
 from tailkd.errors import DataError, Diverged, Preempted
 from tailkd.train.checkpoint import Checkpoints, Cursor
+from tailkd.train.memory import held_bytes
 from tailkd.train.optim import Schedule
 from tailkd.train.ranks import waiting_for
 from tailkd.train.step import Step, StepResult
@@ -22,12 +23,16 @@ SAVE_TRIES = 3
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to train and what happens on the way; intervals in tokens, None for only at the end."""
+    """How long to train and what happens on the way; intervals in tokens, None for only at the end.
+
+    best_speed: tokens per second if matrix products ran at the devices' peak all the time; None where not known.
+    """
 
     steps: int
     seed: int
     save_every_tokens: int | None
     evaluate_every_tokens: int | None
+    best_speed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -99,11 +104,22 @@ class Loop:
             skipped_in_a_row=before.skipped_in_a_row + 1 if result.not_finite else 0,
             evaluation_due=not last and _due(self.plan.evaluate_every_tokens, before.tokens, tokens),
         )
-        self.hooks.record(_record(result, self.cursor, learning_rate, seconds, batch))
+        self.hooks.record(
+            {**_record(result, self.cursor, learning_rate, seconds, batch), **self._state(result, seconds)}
+        )
         self._refuse_divergence(result)
         self._evaluate_if_due()
         if last or _due(self.plan.save_every_tokens, before.tokens, tokens):
             self._save()
+
+    def _state(self, result: StepResult, seconds: float) -> dict[str, Any]:
+        """How the machine does: bytes held, share of its best speed; asks no device to finish."""
+        held, best = held_bytes(self.step.student.device), self.plan.best_speed
+        return {
+            **({} if held is None else {"memory_bytes": held}),
+            **({} if best is None else {"utilisation": round(result.tokens / seconds / best, 4)}),
+            "skipped_updates": self.cursor.skipped,
+        }
 
     def _refuse_divergence(self, result: StepResult) -> None:
         if self.cursor.skipped_in_a_row >= SKIPS_IN_A_ROW:
