@@ -33,7 +33,7 @@ def answers(task: str, data: Path) -> list[Answer]:
     """The published answers, judged by us against the gold answers that we read out of the set's own file."""
     with gzip.open(data / "reference_outputs" / OUTPUTS[task], "rt", encoding="utf-8") as file:
         rows: list[dict[str, Any]] = [json.loads(line) for line in file]
-    items = {item.question: item for item in read_items(task, data)}
+    items = {item.question: item for item in read_items(task, data / "math")}
     found = []
     for row in rows:
         item, text = items[row["question"].strip()], row["code"][0]

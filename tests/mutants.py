@@ -673,6 +673,27 @@ MUTANTS = (
         "if time.monotonic() < 0:",
         "tests/test_watching.py",
     ),
+    Mutant(
+        "padding inside a window",
+        "teacher/rollout.py",
+        "if any(type(layer) is not DynamicLayer for layer in cache.layers):",
+        "if False:",
+        "tests/evaluate/test_solving.py",
+    ),
+    Mutant(
+        "torn batch left in a log",
+        "evaluate/mathematics/log.py",
+        "self._file.truncate(end)",
+        "pass",
+        "tests/evaluate/test_mathematics.py",
+    ),
+    Mutant(
+        "another model's samples taken",
+        "evaluate/mathematics/log.py",
+        "        if others:",
+        "        if False:",
+        "tests/evaluate/test_solving.py",
+    ),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import importlib.util
 import json
@@ -10,17 +11,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 from mathematics_cases import CASES, DIFFERENT, EXTRACTED, SAME
 
-from tailkd.errors import Refusal
+from tailkd.errors import DataError, Refusal
 from tailkd.evaluate import mathematics
-from tailkd.evaluate.mathematics import Item, Sample, extract, grade, grading, read_items, score, summary
+from tailkd.evaluate.mathematics import (
+    Answer,
+    Item,
+    Scored,
+    extract,
+    grade,
+    grading,
+    read_items,
+    score,
+    scoring,
+    summary,
+)
 from tailkd.evaluate.mathematics.judge import Judge, Judges
 from tailkd.evaluate.mathematics.normal import normalised
 
@@ -202,7 +215,7 @@ SIZES["sat_math"] = 32
 @with_data
 @pytest.mark.parametrize("task", SIZES)
 def test_published_items(task: str) -> None:
-    items = read_items(task, DATA)
+    items = read_items(task, DATA / "math")
     assert len({item.id for item in items}) == len(items) == SIZES[task]
     assert all(item.gold and item.question in item.prompt for item in items)
     shots = {"gsm8k": 8, "svamp": 8, "asdiv": 8, "mawps": 8, "tabmwp": 8}.get(task, 4)
@@ -258,7 +271,7 @@ def folder_of(task: str, record: object, folder: Path) -> Path:
     prompts = folder / "prompts" / "cot"
     prompts.mkdir(parents=True)
     (prompts / mathematics.TASKS[task].shots).write_text("\none\n\n\n\ntwo\n", "utf-8")
-    return folder
+    return folder / "math"
 
 
 @pytest.mark.parametrize("task", RECORDS)
@@ -273,6 +286,9 @@ def test_an_item_becomes_a_question(task: str, tmp_path: Path) -> None:
     assert item.prompt == f"one\n\n\ntwo\n\n\n{bare.prompt}"
     assert bare.prompt.startswith(("Question: ", "Problem:\n"))
     assert read_items(task, data, limit=0) == []
+    elsewhere = data.parent / "elsewhere"
+    (data.parent / "prompts" / "cot").rename(elsewhere)
+    assert read_items(task, data, prompts=elsewhere) == [item]
 
 
 def test_mathqa_options_in_one_line(tmp_path: Path) -> None:
@@ -284,10 +300,13 @@ def test_mathqa_options_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda data: (data / "math" / "gsm8k.jsonl").unlink(), "has no gsm8k.jsonl, nor gsm8k.jsonl.gz"),
-        (lambda data: (data / "math" / "gsm8k.jsonl").write_text("{"), "cannot be read: .*expected JSON lines"),
-        (lambda data: (data / "math" / "gsm8k.jsonl").write_text('{"question": "q"}'), "item 0 is no item of gsm8k"),
-        (lambda data: (data / "prompts" / "cot" / "gsm8k.md").unlink(), "gsm8k.md is missing; give a --data folder"),
+        (lambda data: (data / "gsm8k.jsonl").unlink(), "has no gsm8k.jsonl, nor gsm8k.jsonl.gz"),
+        (lambda data: (data / "gsm8k.jsonl").write_text("{"), "cannot be read: .*expected JSON lines"),
+        (lambda data: (data / "gsm8k.jsonl").write_text('{"question": "q"}'), "item 0 is no item of gsm8k"),
+        (
+            lambda data: (data.parent / "prompts" / "cot" / "gsm8k.md").unlink(),
+            "cot/gsm8k.md is missing; it holds the solved examples of gsm8k",
+        ),
         (lambda data: None, "9 shots were asked for; .* has 2"),
     ],
 )
@@ -310,81 +329,149 @@ class Counting:
         self.batches: list[list[str]] = []
         self.stop = stop
 
-    def __call__(self, prompts: Sequence[str]) -> list[str]:
+    def __call__(self, prompts: Sequence[str]) -> list[Answer]:
         if len(self.batches) == self.stop:
             raise KeyboardInterrupt
         self.batches.append(list(prompts))
         numbers = [int(prompt[prompt.rindex("s") + 1 :].partition(" ")[0]) for prompt in prompts]
-        return [f"The answer is {n + 1 + (n == 3)}.\n\nQuestion: 99?\nAnswer: 99" for n in numbers]
+        text = "The answer is {}.\n\nQuestion: 99?\nAnswer: 99"
+        return [Answer(text.format(n + 1 + (n == 3)), 20 + n, True) for n in numbers]
 
 
-def scored(generate: Any, log: Path, **changes: Any) -> list[Sample]:
+def scored(generate: Any, log: Path, **changes: Any) -> Scored:
     options = {"items": ITEMS, "generator": "tiny@1", "batch_size": 2, **changes}
     return score("gsm8k", generate=generate, log=log, **options)
 
 
 def test_every_sample_is_logged(tmp_path: Path) -> None:
-    generate = Counting()
-    samples = scored(generate, tmp_path / "new" / "gsm8k.jsonl")
+    generate, log = Counting(), tmp_path / "new" / "gsm8k.jsonl"
+    samples, seconds = scored(generate, log)
+    assert seconds is not None
     assert [sample.id for sample in samples] == ["0", "1", "2", "3", "4"]
     assert [sample.correct for sample in samples] == [True, True, True, False, True]
     assert samples[0].generated == "The answer is 1."
-    assert samples[3].extracted == "5"
+    assert (samples[3].extracted, samples[3].tokens, samples[3].finished) == ("5", 23, True)
     if mathematics.can_verify():
         assert [sample.verified for sample in samples] == [sample.correct for sample in samples]
     assert [len(batch) for batch in generate.batches] == [2, 2, 1]
     lengths = [len(prompt) for batch in generate.batches for prompt in batch]
-    assert lengths == sorted(lengths)
-    head, *lines = (tmp_path / "new" / "gsm8k.jsonl").read_text("utf-8").splitlines()
-    assert json.loads(head) == {"format": 1, "task": "gsm8k", "generator": "tiny@1"}
-    assert sorted(json.loads(line)["id"] for line in lines) == ["0", "1", "2", "3", "4"]
-    assert summary(samples) | {"math_verify_accuracy": None, "without_verdict": 0} == {
+    assert lengths == sorted(lengths, reverse=True)
+    lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    assert lines == [{"generator": "tiny@1", **asdict(sample)} for sample in samples]
+    assert [path.name for path in log.parent.iterdir()] == [log.name]
+    assert summary(samples) | {"verified": None, "without_verdict": 0} == {
+        "value": 0.8,
+        "error": pytest.approx(0.2),
         "items": 5,
-        "accuracy": 80.0,
-        "standard_error": pytest.approx(20.0),
-        "math_verify_accuracy": None,
-        "without_answer": 0,
+        "scores": [1, 1, 1, 0, 1],
+        "verified": None,
         "without_verdict": 0,
+        "without_answer": 0,
+        "unasked": 0,
     }
 
 
 def test_a_log_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
-    log = tmp_path / "gsm8k.jsonl"
+    log, partial = tmp_path / "gsm8k.jsonl", tmp_path / "gsm8k.jsonl.partial"
     with pytest.raises(KeyboardInterrupt):
         scored(Counting(stop=2), log)
-    with log.open("a") as file:
-        file.write('{"id": "0", "quest')  # a line that the crash tore
-    second = Counting()
-    samples = scored(second, log)
-    assert [len(batch) for batch in second.batches] == [1]
-    assert samples == scored(Counting(stop=0), log)
-    assert samples == scored(Counting(), tmp_path / "whole.jsonl")
-    assert log.read_text() == (tmp_path / "whole.jsonl").read_text()
-    log.write_text('{"format": 1, "ta')  # torn in its first line
-    assert samples == scored(Counting(), log)
+    assert not log.exists()
+    whole = partial.read_bytes()
+    assert whole.count(b"\n") == 2
+    samples = scored(Counting(), tmp_path / "whole.jsonl").samples
+    for torn, batches in ((whole[:-9], [1]), (whole[:40], [2, 1])):
+        log.unlink(missing_ok=True)
+        partial.write_bytes(torn)
+        with pytest.raises(KeyboardInterrupt):
+            scored(Counting(stop=1), log)
+        second, said = Counting(), list[str]()
+        assert scored(second, log, say=said.append).samples == samples
+        assert [len(batch) for batch in second.batches] == batches
+        assert said == ["gsm8k: 5 items" + (f", going on after {5 - sum(batches)}" if sum(batches) < 5 else "")]
+        assert log.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+        assert not partial.exists()
 
 
+def test_what_is_answered_is_not_asked_again(tmp_path: Path) -> None:
+    samples, said = scored(Counting(), tmp_path / "log.jsonl").samples, list[str]()
+    assert scored(Counting(stop=0), tmp_path / "log.jsonl", say=said.append) == (samples, None)
+    assert said == [f"gsm8k: 5 items were answered already: {tmp_path / 'log.jsonl'}"]
+
+
+def test_killed_at_the_very_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file has its name, and what it was made of is not removed yet."""
+    monkeypatch.setattr(Path, "unlink", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        scored(Counting(), tmp_path / "log.jsonl")
+    monkeypatch.undo()
+    assert len(list(tmp_path.iterdir())) == 2
+    assert scored(Counting(stop=0), tmp_path / "log.jsonl").samples == scored(Counting(), tmp_path / "other").samples
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "other"]
+
+
+def test_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "TOLD_EVERY", -1.0)
+    said: list[str] = []
+    scored(Counting(), tmp_path / "log.jsonl", say=said.append)
+    assert said[1:] == ["gsm8k: 2 of 5, 2 right", "gsm8k: 4 of 5, 3 right", "gsm8k: 5 of 5, 4 right"]
+
+
+@pytest.mark.parametrize("stop", [1, None])
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"generator": "tiny@2"}, "holds samples of .*tiny@1.*, not of .*tiny@2.*; give another folder"),
-        ({"items": [replace(ITEMS[0], prompt="other")]}, "has item 0 with another prompt or gold answer"),
-        ({"items": [replace(ITEMS[0], gold="9")]}, "has item 0 with another prompt or gold answer"),
+        ({"generator": "tiny@2"}, r"holds samples of another model .*tiny@1, not tiny@2.*; give another folder"),
+        ({"items": [replace(item, prompt="s0 + 1?") for item in ITEMS]}, "has item .* with another prompt or gold"),
+        ({"items": [replace(item, gold="9") for item in ITEMS]}, "has item .* with another prompt or gold answer"),
     ],
 )
-def test_another_log_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    scored(Counting(), tmp_path / "log.jsonl")
+def test_another_log_is_refused(changes: dict[str, Any], message: str, stop: int | None, tmp_path: Path) -> None:
+    with contextlib.suppress(KeyboardInterrupt):
+        scored(Counting(stop), tmp_path / "log.jsonl")
+    before = [path.read_bytes() for path in tmp_path.iterdir()]
     with pytest.raises(Refusal, match=message):
         scored(Counting(), tmp_path / "log.jsonl", **changes)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == before
 
 
-@pytest.mark.parametrize("text", ["hello\n", '{"format": 1}\n{"id": 3}\n'])
-def test_a_file_that_is_no_log_is_refused(text: str, tmp_path: Path) -> None:
-    (tmp_path / "log.jsonl").write_text(text)
+def test_a_log_of_other_items_is_refused(tmp_path: Path) -> None:
+    scored(Counting(), tmp_path / "log.jsonl")
+    with pytest.raises(Refusal, match="has 5 items, not these 4; move it away"):
+        scored(Counting(), tmp_path / "log.jsonl", items=ITEMS[:4])
+
+
+@pytest.mark.parametrize("suffix", ["", ".partial"])
+@pytest.mark.parametrize(
+    "text", ["hello\n", "[]\n", "{}\n", '{"generator": "tiny@1", "seconds": 1, "samples": [{}]}\n']
+)
+def test_a_file_that_is_no_log_is_refused(text: str, suffix: str, tmp_path: Path) -> None:
+    (tmp_path / f"log.jsonl{suffix}").write_text(text)
     with pytest.raises(Refusal, match="is no log of samples"):
         scored(Counting(), tmp_path / "log.jsonl")
 
 
+def test_a_log_is_written_by_one_process(tmp_path: Path) -> None:
+    def generate(prompts: Sequence[str]) -> list[Answer]:
+        with pytest.raises(Refusal, match="is being written by another process; wait for it"):
+            scored(Counting(), tmp_path / "log.jsonl")
+        return Counting()(prompts)
+
+    scored(generate, tmp_path / "log.jsonl")
+
+
+def test_a_log_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Refusal, match=r"log\.jsonl cannot be written .*; give another folder"):
+        scored(Counting(), tmp_path / "file" / "log.jsonl")
+    monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=[None, OSError(28, "No space left on device")]))
+    with pytest.raises(DataError, match=r"cannot be written any more .*No space left.*; what is written stands"):
+        scored(Counting(), tmp_path / "log.jsonl")
+    monkeypatch.undo()
+    second = Counting()
+    scored(second, tmp_path / "log.jsonl")
+    assert len(second.batches) == 1
+
+
 def test_a_generator_must_answer_each_prompt(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="2 prompts were answered with 1 texts"):
-        scored(lambda prompts: ["one"], tmp_path / "log.jsonl")
+        scored(lambda prompts: [Answer("one")], tmp_path / "log.jsonl")

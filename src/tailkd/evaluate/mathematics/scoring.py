@@ -2,112 +2,127 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from tailkd.errors import Refusal
 from tailkd.evaluate.mathematics import judge
 from tailkd.evaluate.mathematics.extraction import extract
 from tailkd.evaluate.mathematics.grading import right, self_test
+from tailkd.evaluate.mathematics.log import Log, Sample
 from tailkd.evaluate.mathematics.tasks import Item, cut, task_named
 
-FORMAT = 1
-
-Generate = Callable[[Sequence[str]], Sequence[str]]
+TOLD_EVERY = 5.0  # seconds
 
 
-@dataclass(frozen=True)
-class Sample:
-    """What was asked, answered and found. verified: math-verify's verdict, None without it or where it had none."""
+class Answer(NamedTuple):
+    """A text that follows a prompt, and what a `Sample` says of it."""
 
-    id: str
-    question: str
-    prompt: str
-    generated: str
-    extracted: str
-    gold: str
-    correct: bool
-    verified: bool | None = None
+    text: str
+    tokens: int | None = None
+    finished: bool | None = None
+    unasked: str = ""
+
+
+Generate = Callable[[Sequence[str]], Sequence[Answer]]
+
+
+class Scored(NamedTuple):
+    """seconds: what the answers took, over all attempts; None where they were there already."""
+
+    samples: list[Sample]
+    seconds: float | None
 
 
 def score(
-    task: str, items: Sequence[Item], generate: Generate, *, log: str | Path, generator: str, batch_size: int = 16
-) -> list[Sample]:
-    """A sample for each item, in their order; each is a line of `log` before the next batch is asked for.
+    task: str,
+    items: Sequence[Item],
+    generate: Generate,
+    *,
+    log: str | Path,
+    generator: str,
+    batch_size: int = 16,
+    say: Callable[[str], None] = lambda line: None,
+) -> Scored:
+    """A sample for each item, in their order; each batch is in the log before the next one is asked for.
 
-    `generate` maps prompts to texts, at most `batch_size` at a time and those of like length together; what follows a
-    stop string is cut off here. `generator` names who answers (model, revision, settings): a log goes on by item id,
-    and only for the same generator, task and prompts. A torn last line is written again. Raises Refusal for another's
-    log, RuntimeError where `self_test` fails or `generate` returns another number of texts.
+    `generate` maps prompts to answers, at most `batch_size` at a time and those of like length together, the longest
+    first, so that memory that does not suffice shows at once; what follows a stop string is cut off here. `generator`
+    names who answers (model, settings). Cut off and called again, it goes on after the last whole batch; of a whole log
+    it gives the samples. Raises Refusal for another's log, RuntimeError where `self_test` fails or `generate` returns
+    another number of answers.
     """
+    task = task_named(task).name
     self_test()
-    path, task = Path(log), task_named(task).name
-    known = _logged(path, {"format": FORMAT, "task": task, "generator": generator}, items)
-    pending = sorted((item for item in items if item.id not in known), key=lambda item: len(item.prompt))
-    with path.open("a", encoding="utf-8") as file:
+    samples = Log(Path(log), generator, items)
+    if (known := samples.whole()) is not None:
+        say(f"{task}: {len(items)} items were answered already: {log}")
+        return Scored(known, None)
+    with samples.growing() as found:
+        say(f"{task}: {len(items)} items" + (f", going on after {len(found)}" if found else ""))
+        pending = sorted((item for item in items if item.id not in found), key=lambda item: -len(item.prompt))
+        told = time.monotonic()
         for start in range(0, len(pending), batch_size):
-            batch = pending[start : start + batch_size]
-            samples = _judged(task, batch, generate([item.prompt for item in batch]))
-            file.writelines(json.dumps(asdict(sample)) + "\n" for sample in samples)
-            file.flush()
-            os.fsync(file.fileno())
-            known |= {sample.id: sample for sample in samples}
-    return [known[item.id] for item in items]
+            batch, begin = pending[start : start + batch_size], time.monotonic()
+            answers = generate([item.prompt for item in batch])
+            seconds = time.monotonic() - begin
+            judged = _judged(task, batch, answers)
+            samples.append(judged, seconds)
+            found |= {sample.id: sample for sample in judged}
+            if time.monotonic() - told > TOLD_EVERY:
+                told = time.monotonic()
+                say(f"{task}: {len(found)} of {len(items)}, {sum(sample.correct for sample in found.values())} right")
+        whole = [found[item.id] for item in items]
+        samples.finish(whole)
+    return Scored(whole, samples.seconds)
 
 
 def summary(samples: Sequence[Sample]) -> dict[str, Any]:
-    """items, accuracy and its standard error in percent, math-verify's accuracy, answers and verdicts not had."""
+    """Accuracy and its standard error, verdicts in order, and math-verify's accuracy where it has any verdict.
+
+    Both accuracies are fractions. without_answer: no answer was found in the text. without_verdict: of math-verify.
+    unasked: prompts that the model has no room for.
+    """
     count = len(samples)
-    share = sum(sample.correct for sample in samples) / max(count, 1)
+    scores = [int(sample.correct) for sample in samples]
     verdicts = [sample.verified for sample in samples if sample.verified is not None]
+    share = sum(scores) / max(count, 1)
     return {
+        "value": share,
+        "error": math.sqrt(share * (1 - share) / max(count - 1, 1)),
         "items": count,
-        "accuracy": 100 * share,
-        "standard_error": 100 * math.sqrt(share * (1 - share) / max(count - 1, 1)),
-        "math_verify_accuracy": 100 * sum(verdicts) / len(verdicts) if verdicts else None,
-        "without_answer": sum(not sample.extracted for sample in samples),
+        "scores": scores,
+        "verified": sum(verdicts) / len(verdicts) if verdicts else None,
         "without_verdict": count - len(verdicts),
+        "without_answer": sum(not sample.extracted for sample in samples),
+        "unasked": sum(bool(sample.unasked) for sample in samples),
     }
 
 
-def _judged(task: str, items: Sequence[Item], texts: Sequence[str]) -> list[Sample]:
-    if len(texts) != len(items):
-        raise RuntimeError(f"{len(items)} prompts were answered with {len(texts)} texts; expected one each")
-    texts = [cut(text) for text in texts]
+def _judged(task: str, items: Sequence[Item], answers: Sequence[Answer]) -> list[Sample]:
+    if len(answers) != len(items):
+        raise RuntimeError(f"{len(items)} prompts were answered with {len(answers)} texts; expected one each")
+    texts = [cut(answer.text) for answer in answers]
     pairs = [(text, item.gold) for text, item in zip(texts, items, strict=True)]
     verdicts = judge.all_verified(pairs) if judge.can_verify() else [None] * len(items)
     samples = []
-    for item, text, verified in zip(items, texts, verdicts, strict=True):
+    for item, text, answer, verified in zip(items, texts, answers, verdicts, strict=True):
         extracted = extract(task, text)
-        correct = right(task, extracted, item.gold)
-        samples.append(Sample(item.id, item.question, item.prompt, text, extracted, item.gold, correct, verified))
+        samples.append(
+            Sample(
+                id=item.id,
+                question=item.question,
+                prompt=item.prompt,
+                generated=text,
+                tokens=answer.tokens,
+                finished=answer.finished,
+                unasked=answer.unasked,
+                extracted=extracted,
+                gold=item.gold,
+                correct=right(task, extracted, item.gold),
+                verified=verified,
+            )
+        )
     return samples
-
-
-def _logged(path: Path, head: dict[str, Any], items: Sequence[Item]) -> dict[str, Sample]:
-    """The samples of these items that the log has; the log itself is left with a first line and without a torn one."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    whole, torn = lines[:-1], lines[-1]
-    if not whole:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(head) + "\n", "utf-8")
-        return {}
-    if torn:
-        os.truncate(path, path.stat().st_size - len(torn))
-    try:
-        found = json.loads(whole[0])
-        samples = {sample.id: sample for sample in (Sample(**json.loads(line)) for line in whole[1:])}
-    except (ValueError, TypeError) as error:
-        raise Refusal(f"{path} is no log of samples: {error}; move it away to begin anew") from error
-    if found != head:
-        raise Refusal(f"{path} holds samples of {found}, not of {head}; give another folder or move it away")
-    known = {item.id: samples[item.id] for item in items if item.id in samples}
-    for item in items:
-        if item.id in known and (known[item.id].prompt, known[item.id].gold) != (item.prompt, item.gold):
-            raise Refusal(f"{path} has item {item.id} with another prompt or gold answer; move it away to begin anew")
-    return known

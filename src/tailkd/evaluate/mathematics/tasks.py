@@ -22,7 +22,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """file: in `math/` of the data folder, plain or gzipped. shots: in `prompts/cot/`. problem: not Question."""
+    """file: in the data folder, plain or gzipped. shots: in the folder of prompts. problem: not Question."""
 
     name: str
     file: str
@@ -48,16 +48,23 @@ class Item:
     gold: str
 
 
-def read_items(task: str, data: str | Path, *, shots: int | None = None, limit: int | None = None) -> list[Item]:
+def read_items(
+    task: str,
+    data: str | Path,
+    *,
+    prompts: str | Path | None = None,
+    shots: int | None = None,
+    limit: int | None = None,
+) -> list[Item]:
     """The items of a task in the order of its file, with prompts of all its shots or of the first `shots`.
 
-    `data` holds `math/` and `prompts/cot/` as docs/evaluation.md lists them. Raises Refusal for an unknown task, a file
-    that is missing or broken, more shots than there are.
+    `data` and `prompts` (None: ``data/../prompts/cot``) are folders of the files that docs/evaluation.md lists. Raises
+    Refusal for an unknown task, a file that is missing or broken, more shots than there are.
     """
     wanted = task_named(task)
-    examples = _shots(Path(data) / "prompts" / "cot" / wanted.shots, shots)
+    joined = BETWEEN_SHOTS.join(examples(task, data, prompts, shots))
     items: list[Item] = []
-    path = _file(Path(data) / "math", wanted.file)
+    path = _file(Path(data), wanted.file)
     for line, (name, record) in enumerate(_records(path)):
         if limit is not None and line >= limit:
             break
@@ -66,8 +73,23 @@ def read_items(task: str, data: str | Path, *, shots: int | None = None, limit: 
         except (KeyError, AttributeError, ValueError, SyntaxError) as error:
             message = f"{path}: item {name} is no item of {task}: {error!r}; expected the fields of the published file"
             raise Refusal(message) from error
-        items.append(Item(name, question, wanted.prompt(question, examples), gold))
+        items.append(Item(name, question, wanted.prompt(question, joined), gold))
     return items
+
+
+def examples(task: str, data: str | Path, prompts: str | Path | None = None, count: int | None = None) -> list[str]:
+    """The solved examples of a task's prompts, all or the first `count`; folders and Refusals as in `read_items`."""
+    if count == 0:
+        return []
+    path = (Path(data).resolve().parent / "prompts" / "cot" if prompts is None else Path(prompts)) / task_named(
+        task
+    ).shots
+    if not path.is_file():
+        raise Refusal(f"{path} is missing; it holds the solved examples of {task}: put the published prompts there")
+    found = [example.strip("\n") for example in path.read_text("utf-8").strip().split(BETWEEN_SHOTS)]
+    if count is not None and not 0 < count <= len(found):
+        raise Refusal(f"{count} shots were asked for; {path} has {len(found)}")
+    return found[:count]
 
 
 def task_named(name: str) -> Task:
@@ -106,17 +128,6 @@ def _records(path: Path) -> Iterator[tuple[str, Record]]:
 
 def _id(row: Record, line: int) -> str:
     return str(next((row[field] for field in ("idx", "unique_id", "id") if field in row), line))
-
-
-def _shots(path: Path, count: int | None) -> str:
-    if count == 0:
-        return ""
-    if not path.is_file():
-        raise Refusal(f"{path} is missing; give a --data folder with the published prompts, or ask for 0 shots")
-    examples = path.read_text("utf-8").strip().split(BETWEEN_SHOTS)
-    if count is not None and not 0 < count <= len(examples):
-        raise Refusal(f"{count} shots were asked for; {path} has {len(examples)}")
-    return BETWEEN_SHOTS.join(example.strip("\n") for example in examples[:count])
 
 
 # ----- questions and gold answers
