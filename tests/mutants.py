@@ -66,8 +66,8 @@ MUTANTS = (
     Mutant(
         "padding is read as text where a teacher writes",
         "teacher/rollout.py",
-        "mask[row, width - len(prompt.ids) :] = 1",
-        "mask[row] = 1",
+        "mask.append([*[1] * shared, *[0] * padding,",
+        "mask.append([*[1] * shared, *[1] * padding,",
         "tests/test_generate.py",
     ),
     Mutant(
@@ -270,8 +270,8 @@ MUTANTS = (
     Mutant(
         "evaluation by mean of means",
         "evaluate/heldout.py",
-        "measures = _measures(table.sum(0),",
-        "measures = _measures((table / table[:, -1:]).mean(0) * table[:, -1].sum(),",
+        "measures = asked.means(table.sum(0),",
+        "measures = asked.means((table / table[:, -1:]).mean(0) * table[:, -1].sum(),",
         "tests/evaluate",
     ),
     Mutant(
@@ -587,13 +587,6 @@ MUTANTS = (
         "evaluate/mathematics/judge.py",
         "        if answer is None:\n            self.close()\n",
         "        if answer is None:\n",
-        "tests/evaluate",
-    ),
-    Mutant(
-        "a torn sample stays in the log",
-        "evaluate/mathematics/scoring.py",
-        "        os.truncate(path, path.stat().st_size - len(torn))",
-        "        pass",
         "tests/evaluate",
     ),
     Mutant(
