@@ -68,6 +68,7 @@ def test_the_run_folder(finished: Run) -> None:
     assert {p.name for p in finished.folder.iterdir()} == set(folder.RUN_FILES) - {
         "crash.json",
         "tasks.json",
+        "tasks",
         "track.json",
         "tensorboard",
         "wandb",

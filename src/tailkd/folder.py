@@ -41,6 +41,7 @@ RUN_FILES = (
     "samples.json",
     "evaluation.json",
     "tasks.json",
+    "tasks",
     "report.html",
     "README.md",
     "exit.json",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,16 +16,74 @@ from tailkd.cli.app import Json, app, quiet
 from tailkd.errors import Refusal
 
 
+class Base(StrEnum):
+    """Of the logarithm in a relative change."""
+
+    ten, e = "10", "e"
+
+
+class Precision(StrEnum):
+    auto, float32, bfloat16 = "auto", "float32", "bfloat16"
+
+
 @app.command()
-def evaluate(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")], json_: Json = False) -> None:
-    """Measure a run's student again on the held-out rows."""
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="Run folder; with --tasks also a folder or hub id.")
+    ],
+    tasks: Annotated[str | None, typer.Option(help="commonsense, mathematics, or names of tasks, with commas.")] = None,
+    shots: Annotated[str, typer.Option(help="Examples before each commonsense item, such as 0,5.")] = "0",
+    limit: Annotated[int | None, typer.Option(min=2, help="The first so many items of each task.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with the tasks' files; nothing is fetched then.")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="Run folder or tasks.json to compare with.")] = None,
+    base: Annotated[Base, typer.Option(help="Logarithm of the relative change.")] = Base.ten,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of a bare model's results, by default evaluations/NAME.")
+    ] = None,
+    gguf_file: Annotated[str | None, typer.Option(help="Name of the GGUF file in the model's folder.")] = None,
+    precision: Annotated[Precision | None, typer.Option(help="Of the weights; by default the run's, or auto.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts in a forward pass.")] = 8,
+    json_: Json = False,
+) -> None:
+    """Measure a run's student again on the held-out rows; with --tasks it, or any model, on those tasks."""
+    quiet()
+    if tasks is None:
+        _on_heldout_rows(model, json_, given=[limit, data, baseline, out, gguf_file, precision])
+        return
+    from tailkd import examination
+    from tailkd.report.tasks import averages, print_tasks, results_of
+
+    asked = examination.Asked(tasks, _numbers(shots), limit, data, batch_size)
+    products = None if precision is None else precision.value
+    subject = examination.subject(model, gguf_file=gguf_file, out=out, products=products)
+    against = [] if baseline is None else results_of(baseline)
+    found = examination.examine(subject, asked, lambda message: print(message, file=sys.stderr, flush=True))
+    number = math.e if base is Base.e else 10.0
+    means = averages(found, examination.SUITES, against, base=number)
+    if json_:
+        print(json.dumps({"results": found, "averages": [asdict(one) for one in means]}, indent=1))
+        return
+    print_tasks(found, means, against, base=number)
+    print(f"results: {subject.folder / 'tasks.json'}")
+
+
+def _on_heldout_rows(run: str, as_json_: bool, *, given: list[object]) -> None:
     from tailkd import run as way
     from tailkd.report.record import Run
     from tailkd.report.table import as_json, print_table
 
-    quiet()
-    measured = way.evaluate(Run(run), lambda message: print(message, file=sys.stderr))
-    print(json.dumps(as_json([measured]), indent=1)) if json_ else print_table([measured])
+    if any(option is not None for option in given):
+        raise Refusal("--limit, --data, --baseline, --out, --gguf-file and --precision go with --tasks; name the tasks")
+    measured = way.evaluate(Run(Path(run)), lambda message: print(message, file=sys.stderr))
+    print(json.dumps(as_json([measured]), indent=1)) if as_json_ else print_table([measured])
+
+
+def _numbers(shots: str) -> tuple[int, ...]:
+    """``(0, 5)`` of ``"0,5"``."""
+    parts = [part.strip() for part in shots.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise Refusal(f"--shots {shots!r}: expected numbers from 0 on, joined by commas, such as 0,5")
+    return tuple(dict.fromkeys(map(int, parts)))
 
 
 @app.command()

@@ -19,8 +19,8 @@ FORMAT = 1
 class Run:
     """A run folder, read as it is asked for.
 
-    recipe.yaml, environment.json, metrics.jsonl, checkpoints/, student/, evaluation.json, report.html, README.md; what
-    an older run folder lacks of the rest is None or empty.
+    recipe.yaml, environment.json, metrics.jsonl, checkpoints/, student/, evaluation.json, report.html, README.md;
+    tasks.json and tasks/ where tasks were measured. What an older run folder lacks of the rest is None or empty.
     """
 
     folder: Path
