@@ -36,6 +36,7 @@ class Fakes:
     def __init__(self) -> None:
         self.commonsense: list[dict[str, Any]] = []
         self.mathematics: list[dict[str, Any]] = []
+        self.told: list[str] = []
         self.value, self.failing = 0.5, ""
 
     def harness(self, model: Any, tokenizer: Any, batch_size: int) -> Any:
@@ -63,6 +64,8 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
     solving = SimpleNamespace(measured=made.measured)
     monkeypatch.setitem(sys.modules, "tailkd.evaluate.mathematics.solving", solving)
     monkeypatch.setattr(mathematics, "solving", solving, raising=False)
+    for name in ("write_page", "write_card"):
+        monkeypatch.setattr(examination, name, lambda *_, name=name: made.told.append(name))
     return made
 
 
@@ -144,6 +147,7 @@ def test_a_run_keeps_the_results_of_its_student(fakes: Fakes, model: str, data: 
         ("piqa", 0.75, "student"),
     }
     assert fakes.commonsense[0]["dtype"] == torch.bfloat16
+    assert fakes.told == ["write_page", "write_card"] * 2
     assert shlex.split(found[0]["command"])[2] == str(run.folder)
     assert json.loads((run.folder / "tasks.json").read_text())["format"] == FORMAT
 
