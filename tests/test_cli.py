@@ -51,6 +51,7 @@ def test_the_verbs_are_these() -> None:
         "export",
         "measure",
         "report",
+        "compare",
         "check",
         "ledger",
         "recipes",
@@ -72,7 +73,7 @@ def test_distill_evaluate_report(recipe_path: Path, tmp_path: Path) -> None:
     assert reported[0]["evaluation"]["student"]["kl"] > 0
     page = tmp_path / "page.html"
     tailkd("report", out, out, "--out", str(page))
-    assert page.read_text().count('<th scope="row">') == 2 + 2 + 2
+    assert page.read_text().count('<th scope="row">') == 2 + 2 + 1 + 2
 
 
 def test_distill_again_says_that_it_is_finished(recipe_path: Path) -> None:

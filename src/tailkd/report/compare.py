@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tailkd.report.differences import at_the_end
+from tailkd.report.groups import Group, grouped, spread
 from tailkd.report.record import Run, flattened
-from tailkd.report.uncertainty import Difference, paired
+from tailkd.report.uncertainty import Difference
 
 COLUMNS = {
     "cross_entropy": "CE",
@@ -23,27 +25,39 @@ COLUMNS = {
 }
 PERCENT = ("full_ece", "ece", "top1_agreement", "mismatch_rate", "acceptance")
 HIGHER_IS_BETTER = ("top1_agreement", "acceptance")
-TESTED = ("cross_entropy", "kl")  # measures with sums per held-out row, so that a tie can be told from a win
+TESTED = ("kl", "cross_entropy")  # measures with sums per held-out row, so that a tie can be told from a win
 
 
 @dataclass(frozen=True)
 class Line:
-    """One model's measures in a table. marks: column -> "best", or "tie" where the difference to it is within noise."""
+    """One model's measures in a table, of several seeds their means.
+
+    marks: column -> "best", or "tie" where the difference to it is within the noise. spread: standard deviation over
+    seeds.
+    """
 
     name: str
     role: str
     measures: dict[str, Any]
-    marks: dict[str, str]
+    marks: dict[str, str] = field(default_factory=dict)
+    spread: dict[str, float] = field(default_factory=dict)
 
     def cell(self, column: str) -> str:
         value = self.measures.get(column)
-        if value is None:
-            return "-"
-        return f"{100 * value:.2f}" if column in PERCENT else f"{value:.4f}"
+        return "-" if value is None else shown(column, value)
+
+    def deviation(self, column: str) -> str:
+        """Behind the mean of several seeds; nothing of one."""
+        return f"± {shown(column, self.spread[column])}" if column in self.spread else ""
+
+
+def shown(column: str, value: float) -> str:
+    """A measure's value as tables have it: percent or nats."""
+    return f"{100 * value:.2f}" if column in PERCENT else f"{value:.4f}"
 
 
 def lines(runs: Sequence[Run]) -> list[Line]:
-    """Teacher and student before once each (where all runs share them), then every run's student."""
+    """Teacher and student before once each (where all runs share them), then the student of every method."""
     found: list[Line] = []
     for role, title in (("teacher", "teacher"), ("student_before", "student before")):
         seen: list[dict[str, Any]] = []
@@ -51,11 +65,20 @@ def lines(runs: Sequence[Run]) -> list[Line]:
             measures = run.evaluation.get(role)
             if measures is not None and measures not in seen:
                 seen.append(measures)
-                found.append(Line(title if len(seen) == 1 else f"{title} of {run.name}", role, measures, {}))
-    return found + _marked([Line(run.name, "student", run.evaluation["student"], {}) for run in runs], runs)
+                found.append(Line(title if len(seen) == 1 else f"{title} of {run.name}", role, measures))
+    groups = grouped(runs)
+    return found + _marked([_line(group) for group in groups], groups)
 
 
-def _marked(students: list[Line], runs: Sequence[Run]) -> list[Line]:
+def _line(group: Group) -> Line:
+    each = {column: group.values(lambda run, c=column: run.evaluation["student"].get(c)) for column in COLUMNS}
+    known = {column: values for column, values in each.items() if values}
+    means = {column: statistics.fmean(values) for column, values in known.items()}
+    spreads = {column: s for column, values in known.items() if (s := spread(values)) is not None}
+    return Line(group.label, "student", means, spread=spreads)
+
+
+def _marked(students: list[Line], groups: Sequence[Group]) -> list[Line]:
     marks: list[dict[str, str]] = [{} for _ in students]
     for column in COLUMNS if len(students) > 1 else ():
         values = [value for line in students if (value := line.measures.get(column)) is not None]
@@ -63,31 +86,35 @@ def _marked(students: list[Line], runs: Sequence[Run]) -> list[Line]:
             continue
         best = values.index((max if column in HIGHER_IS_BETTER else min)(values))
         marks[best][column] = "best"
-        for number, run in enumerate(runs):
-            difference = paired(run, runs[best], column) if column in TESTED and number != best else None
-            if difference is not None and not difference.real:
+        for number, group in enumerate(groups):
+            if column in TESTED and number != best and at_the_end(group, groups[best], column).real is False:
                 marks[number][column] = "tie"
     return [replace(line, marks=mark) for line, mark in zip(students, marks, strict=True)]
 
 
-def ranking(runs: Sequence[Run]) -> tuple[str, list[Run]]:
-    """The measure that decides (held-out KL, or cross-entropy where a run has no teacher) and the runs, best first."""
+def ranking(runs: Sequence[Run]) -> tuple[str, list[Group]]:
+    """The measure that decides, held-out KL or without a teacher cross-entropy, and the methods, best first."""
     measure = "kl" if all(run.evaluation["student"]["kl"] is not None for run in runs) else "cross_entropy"
-    return measure, sorted(runs, key=lambda run: run.evaluation["student"][measure])
+    return measure, sorted(grouped(runs), key=lambda group: mean(group, measure))
+
+
+def mean(group: Group, measure: str) -> float:
+    """Over the group's seeds, at the end."""
+    return statistics.fmean(run.evaluation["student"][measure] for run in group.runs)
 
 
 @dataclass(frozen=True)
 class Gap:
-    """How far a run lies behind the best one in the measure that decides."""
+    """How far a method lies behind the best one in the measure that decides."""
 
-    run: Run
-    difference: Difference | None
+    group: Group
+    difference: Difference
 
 
 def gaps(runs: Sequence[Run]) -> list[Gap]:
-    """Every run but the best, with its distance to it."""
+    """Every method but the best, with its distance to it."""
     measure, ranked = ranking(runs)
-    return [Gap(run, paired(run, ranked[0], measure)) for run in ranked[1:]]
+    return [Gap(group, at_the_end(group, ranked[0], measure)) for group in ranked[1:]]
 
 
 def recipe_differences(runs: Sequence[Run]) -> dict[str, list[Any]]:

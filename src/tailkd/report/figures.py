@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from tailkd.report.curves import AXES, SIZES, curve
+from tailkd.report.groups import Group, grouped
 from tailkd.report.record import Run
 
 COLOURS = ("#2a78d6", "#c2571a", "#1a8f5c", "#a24fc4", "#d0417e", "#8a7a00", "#3c8f9e", "#7d6a58")
@@ -20,54 +23,88 @@ SIZE = (4.0, 2.9)  # inches; 384 CSS pixels wide
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing, its title, what it shows in words; a sentence below it for all to see."""
+    """A drawing, its title, what it shows in words; a sentence below it for all to see.
+
+    axis: what lies on the x axis of a curve over training; "" for any other chart.
+    """
 
     title: str
     svg: str
     words: str
     note: str = ""
+    axis: str = ""
 
 
 def charts(runs: Sequence[Run]) -> list[Chart]:
-    """Every chart these runs have data for."""
+    """Every chart these runs have data for.
+
+    Curves are of every run, over tokens alone where there is one run, whose FLOPs go with them. The others are of the
+    first seed of each method.
+    """
+    groups = grouped(runs)
+    axes = [axis for axis in AXES if len(groups) > 1 or axis == "tokens"]
+    firsts = [group.runs[0] for group in groups]
     drawn = [
-        _over_tokens(runs, "kl", "Held-out KL(T||S)"),
-        _over_tokens(runs, "cross_entropy", "Held-out cross-entropy"),
-        _over_tokens(runs, "head_kl", "Head part of the held-out KL"),
-        _over_tokens(runs, "tail_kl", "Tail part of the held-out KL"),
-        _tail_mass(runs),
-        _reliability(runs),
-        _log_reliability(runs),
+        *(_curves(groups, axis, measure) for axis in axes for measure in CURVES),
+        _tail_mass(firsts),
+        _reliability(firsts),
+        _log_reliability(firsts),
     ]
     return [chart for chart in drawn if chart is not None]
 
 
-def _over_tokens(runs: Sequence[Run], measure: str, title: str) -> Chart | None:
-    series = {
-        run.name: [(r["tokens_trained"], r[measure]) for r in run.evaluations() if r["role"] == "student"]
-        for run in runs
-    }
-    series = {name: points for name, points in series.items() if all(value is not None for _, value in points)}
+CURVES = {
+    "kl": "Held-out KL(T||S)",
+    "cross_entropy": "Held-out cross-entropy",
+    "head_kl": "Head part of the held-out KL",
+    "tail_kl": "Tail part of the held-out KL",
+}
+Points = list[tuple[float, float]]
+
+
+def _curves(groups: Sequence[Group], axis: str, measure: str) -> Chart | None:
+    """Every run's curve, those of one method in one colour."""
+    series = {group.label: _series(group, axis, measure) for group in groups}
+    series = {label: curves for label, curves in series.items() if curves}
     if not series:
         return None
+    longest = max(curve[-1][0] for curves in series.values() for curve in curves)
+    size, unit = _unit(axis, longest)
 
     def draw(axes: Any) -> None:
-        for number, (name, points) in enumerate(series.items()):
-            axes.plot(*zip(*points, strict=True), label=name, **_style(number))
-        teacher = runs[0].evaluation["teacher"]
+        for number, (label, each) in enumerate(series.items()):
+            for place, points in enumerate(each):
+                x, y = zip(*points, strict=True)
+                label_once = {} if place else {"label": label}
+                axes.plot([value / size for value in x], y, **label_once, **_style(number))
+        teacher = groups[0].runs[0].evaluation["teacher"]
         if measure == "cross_entropy" and teacher is not None:
             axes.axhline(teacher[measure], color=INK, linewidth=0.8)
             axes.annotate("teacher", (0, teacher[measure]), fontsize=8, color=INK, va="bottom")
         elif measure != "cross_entropy":
             axes.set_ylim(bottom=0)
-        axes.set_xlabel("tokens trained")
+        axes.set_xlabel(unit)
         axes.set_ylabel("nats per token")
         axes.xaxis.set_major_formatter(lambda value, _: _short(value))
 
-    ends = ", ".join(f"{name} {points[-1][1]:.4f}" for name, points in series.items())
-    return Chart(
-        f"{title} against tokens", _svg(draw), f"{title} against tokens trained; at the end {ends} nats per token."
-    )
+    ends = ", ".join(f"{label} {statistics.fmean(c[-1][1] for c in curves):.4f}" for label, curves in series.items())
+    title = f"{CURVES[measure]} against {AXES[axis]}"
+    return Chart(title, _svg(draw), f"{title}; at the end {ends} nats per token.", axis=axis)
+
+
+def _series(group: Group, axis: str, measure: str) -> list[Points]:
+    each = [[(point.x, point.measures[measure]) for point in curve(run, axis)] for run in group.runs]
+    return [points for points in each if points and all(value is not None for _, value in points)]
+
+
+def _unit(axis: str, longest: float) -> tuple[float, str]:
+    """What an axis counts in, and its name."""
+    if axis == "flops":
+        return 1.0, "FLOPs of teacher and student"
+    if axis == "seconds":
+        size, name = (3600.0, "hours") if longest > 7200 else (60.0, "minutes") if longest > 180 else (1.0, "seconds")
+        return size, f"{name} in training steps"
+    return 1.0, "tokens trained"
 
 
 def _tail_mass(runs: Sequence[Run]) -> Chart:
@@ -180,7 +217,7 @@ def _style(number: int) -> dict[str, Any]:
 
 
 def _short(value: float) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, letter in SIZES:
         if abs(value) >= size:
             return f"{value / size:g}{letter}"
     return f"{value:g}"

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tailkd.report.compare import Gap, cost, gaps, ranking, recipe_differences
+from tailkd.report import weights
+from tailkd.report.compare import Gap, cost, gaps, mean, ranking, recipe_differences
+from tailkd.report.curves import amount as amount_of
+from tailkd.report.curves import flops
+from tailkd.report.groups import grouped, seed
 from tailkd.report.record import Run, Stopped
 
 TITLES = {"kl": "held-out KL(T||S)", "cross_entropy": "held-out cross-entropy"}
@@ -20,10 +24,11 @@ class Finding:
 
 
 def findings(runs: Sequence[Run]) -> list[Finding]:
-    """The four answers for several runs, or what one run reached and cost."""
+    """The four answers for several methods, or what one reached (its first seed) and cost."""
     stopped = [Finding("Why did it stop?", run.why) for run in runs if isinstance(run, Stopped)]
-    first = [_reached(runs[0])] if len(runs) == 1 else [_best(runs), _real(runs)]
-    return [*stopped, *first, _cost(runs), *([_different(runs)] if len(runs) > 1 else [])]
+    if len(grouped(runs)) > 1:
+        return [*stopped, _best(runs), _real(runs), _cost(runs), _different(runs)]
+    return [*stopped, *map(_reached, runs[:1]), _cost(runs)]
 
 
 def _reached(run: Run) -> Finding:
@@ -47,49 +52,45 @@ def _closed(before: float, after: float, teacher: float) -> str:
 
 def _best(runs: Sequence[Run]) -> Finding:
     measure, ranked = ranking(runs)
-    values = [run.evaluation["student"][measure] for run in ranked]
-    last = ranked[-1]
+    values = [mean(group, measure) for group in ranked]
     answer = (
-        f"{ranked[0].name}: {TITLES[measure]} {values[0]:.4f} nats per token, {values[1] - values[0]:.4f} "
+        f"{ranked[0].label}: {TITLES[measure]} {values[0]:.4f} nats per token, {values[1] - values[0]:.4f} "
         f"({100 * (1 - values[0] / values[1]):.1f} %) below {ranked[1].name}"
     )
     if len(ranked) > 2:
-        answer += f" and {100 * (1 - values[0] / values[-1]):.0f} % below {last.name}, the last"
+        answer += f" and {100 * (1 - values[0] / values[-1]):.0f} % below {ranked[-1].name}, the last"
     return Finding("Which student is best, and by how much?", answer + ".")
 
 
 def _real(runs: Sequence[Run]) -> Finding:
     behind = gaps(runs)
     question = "Is the difference real?"
-    if any(gap.difference is None for gap in behind):
+    if any(gap.difference.real is None for gap in behind):
         return Finding(question, "It cannot be said: the runs were not measured on the same held-out rows.")
-    ties = [gap.run.name for gap in behind if gap.difference and not gap.difference.real]
-    closest = min(behind, key=lambda gap: gap.difference.mean if gap.difference else 0.0)
-    rows = closest.difference.rows if closest.difference else 0
+    ties = [gap for gap in behind if not gap.difference.real]
+    closest = min(ties or behind, key=lambda gap: gap.difference.value)
     verdict = (
-        f"Not from {', '.join(ties)}: {_interval(closest)} includes 0, a tie."
+        f"Not from {', '.join(gap.group.name for gap in ties)}: {_interval(closest)} includes 0, a tie."
         if ties
-        else f"Larger than the noise of the held-out sample: {_interval(closest)} leaves 0 out."
+        else f"Larger than the noise: {_interval(closest)} leaves 0 out."
     )
     others = "" if not ties or len(ties) == len(behind) else " From the others yes."
-    return Finding(
-        question,
-        f"{verdict}{others} (95 %, paired over {rows} held-out rows; {_seeds(runs)})",
-    )
+    return Finding(question, f"{verdict}{others} (95 % each; {_noise(behind)})")
 
 
 def _interval(gap: Gap) -> str:
     difference = gap.difference
-    assert difference is not None
-    numbers = f"{difference.mean:.4f} [{difference.low:.4f}, {difference.high:.4f}]"
-    return f"the distance of {gap.run.name} to the best, {numbers},"
+    return f"the distance of {gap.group.name} to the best, {difference.value:.4f} {difference.widest},"
 
 
-def _seeds(runs: Sequence[Run]) -> str:
-    seeds = {run.recipe["training"]["seed"] for run in runs}
-    if len(seeds) == 1:
-        return "one training seed each: another seed may change the order."
-    return f"{len(seeds)} training seeds among the runs."
+def _noise(behind: Sequence[Gap]) -> str:
+    """What the intervals cover."""
+    samples = {str(gap.difference.sample.number) for gap in behind if gap.difference.sample}
+    seeds = sorted({gap.difference.seeds.number for gap in behind if gap.difference.seeds})
+    rows = f"paired over {'/'.join(sorted(samples))} held-out rows" if samples else "over no rows in common"
+    if not seeds:
+        return f"{rows}, not over seeds, which takes two of both: another seed may change the order."
+    return f"{rows}, and over {'/'.join(map(str, seeds))} seeds: both must leave 0 out."
 
 
 def _cost(runs: Sequence[Run]) -> Finding:
@@ -98,11 +99,17 @@ def _cost(runs: Sequence[Run]) -> Finding:
     amount = f"{tokens[0]:,}" if len(tokens) == 1 else f"{tokens[0]:,} to {tokens[-1]:,}"
     time = _duration(seconds[0])
     time = time if len(costs) == 1 else f"{time} to {_duration(seconds[-1])} each"
+    operations = [f for run in runs if (f := flops(run)) is not None]
+    if len(operations) == len(runs):
+        ends = dict.fromkeys((amount_of("flops", min(operations)), amount_of("flops", max(operations))))
+        amount += f" tokens, {' to '.join(ends)} of student and teacher"
+    else:
+        amount += " tokens"
     rates = sorted(c.tokens_per_second for c in costs)
     rate = f"{rates[0]:,.0f}" if len(rates) == 1 else f"{rates[0]:,.0f} to {rates[-1]:,.0f}"
     environment = runs[0].environment
     where = f"{environment['device']}, {environment['threads']} threads"
-    return Finding("What did it cost?", f"{amount} tokens, {time} of training, {rate} tokens per second ({where}).")
+    return Finding("What did it cost?", f"{amount}, {time} of training, {rate} tokens per second ({where}).")
 
 
 def _duration(seconds: float) -> str:
@@ -113,13 +120,16 @@ def _duration(seconds: float) -> str:
 
 
 def _different(runs: Sequence[Run]) -> Finding:
-    keys = list(recipe_differences(runs))
+    groups = grouped(runs)
+    seeds = {tuple(sorted(seed(run) for run in group.runs)) for group in groups}
+    paired = len(seeds) == 1 and len(groups) < len(runs)
+    keys = [key for key in recipe_differences(runs) if not (paired and key == "training.seed")]
     question = "What was different between the runs?"
     if not keys:
         return Finding(question, "Nothing: the recipes are the same.")
     if not all(key.startswith("objective.") for key in keys):
         return Finding(question, f"{', '.join(keys)} (table below).")
-    same = "data, order, start and schedule are the same."
+    same = "data, order, start and schedule are the same" + (" for each seed." if paired else ".")
     return Finding(question, f"Only {', '.join(keys)} (table below); {same}")
 
 
@@ -132,10 +142,12 @@ def warnings(runs: Sequence[Run]) -> list[str]:
             reasons = ", ".join(f"{count:,} x {reason}" for reason, count in skipped.items())
             message = f"{sum(skipped.values()):,} records of the corpus were skipped ({reasons})"
             found += [message] if message not in found else []
-        steps = [record for record in run.metrics if record["kind"] == "step"]
-        floored = sum(record.get("floored_rows", 0) for record in steps)
-        if floored:
-            found.append(f"{run.name}: {floored:,} rows had a mean tail mass below the floor and weigh less")
+    floored = {run.name: sum(record.get("floored_rows", 0) for record in run.metrics) for run in runs}
+    if any(floored.values()):
+        counts = ", ".join(f"{name} {count:,}" for name, count in floored.items() if count)
+        found.append(f"rows whose mean tail mass was below the floor, which weigh less: {counts}")
+    unequal = weights.warning(runs)
+    found += [unequal] if unequal else []
     if len({str(run.heldout["student"]["rows"]["tokens"]) for run in runs}) > 1:
         found.append("the runs were measured on different held-out rows: their numbers do not compare")
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console
@@ -11,13 +12,14 @@ from rich.text import Text
 
 from tailkd.report.compare import COLUMNS, lines
 from tailkd.report.record import Run
+from tailkd.report.verdicts import Comparison, sentences
 
 WIDE = 110
 NARROW_COLUMNS = ("cross_entropy", "kl", "head_kl", "tail_kl", "full_ece")
 
 
 def print_table(runs: Sequence[Run]) -> None:
-    """Held-out measures of every model on standard output."""
+    """Held-out measures of every model on standard output; of several seeds the means."""
     console = Console(highlight=False)
     columns = COLUMNS if console.width >= WIDE else {name: COLUMNS[name] for name in NARROW_COLUMNS}
     table = Table("", box=None, padding=(0, 2, 0, 0))
@@ -27,6 +29,32 @@ def print_table(runs: Sequence[Run]) -> None:
     for line in lines(runs):
         table.add_row(line.name, *(line.cell(column) for column in columns))
     console.print(table)
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Each place as a table of measures and methods, then in words which differences are noise."""
+    console = Console(highlight=False)
+    for section in comparison.sections:
+        table = Table("", box=None, padding=(0, 2, 0, 0), title_justify="left", title_style="bold")
+        table.title = Text(f"{section.title}, less {comparison.baseline}")
+        table.columns[0].overflow = "fold"
+        for name in ("value", "difference", "95 %"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True)
+        for title, rows in groupby(section.rows, lambda row: row.measure.title):
+            table.add_row(Text(title), style="bold")
+            for row in rows:
+                verdict = "" if row.difference is None else row.verdict
+                cells = (f"  {row.group.name}", row.value, row.gap, row.interval, verdict)
+                table.add_row(*(Text(cell) for cell in cells))
+        console.print(table)
+        _print_lines(console, [*section.notes, ""])
+    _print_lines(console, [*comparison.notes, *sentences(comparison)])
+
+
+def _print_lines(console: Console, told: Sequence[str]) -> None:
+    for line in told:
+        console.print(Text(line), soft_wrap=True)
 
 
 def as_json(runs: Sequence[Run]) -> list[dict[str, Any]]:
