@@ -102,7 +102,7 @@ def peak_in_process(name: str, shape: str, dtype: str) -> int | None:
 def errors(one: Competitor, case: Case) -> tuple[float, float]:
     """Relative errors of both gradients on 1 x 64 positions against float64 and dense logits, for its own loss."""
     assert one.loss is not None
-    exact = case.cut(1, 64, torch.float64).gradients(rivals.ours(one.loss, "reference"))
+    exact = case.cut(1, 64, torch.float64).gradients(rivals.ours(one.loss, "reference", cached=one.cached))
     found = case.cut(1, 64).gradients(one.step)
     hidden, weight = (float((f.double() - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True))
     return hidden, weight

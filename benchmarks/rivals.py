@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tailkd.objective import Head, Objective, distillation_loss
+from tailkd.objective import Cached, Head, Objective, distillation_loss
 from tailkd.objective.divergences import tail_aware_divergence
 from tailkd.objective.layout import Layout, layout_of
 
@@ -40,6 +41,7 @@ class Case:
     weight: Tensor
     teacher: Head
     labels: Tensor
+    cached: Cached
     layout: Layout = field(init=False)
 
     def __post_init__(self) -> None:
@@ -57,7 +59,7 @@ class Case:
         weight = normal(vocabulary, student, scale=2 / student**0.5).requires_grad_()
         head = Head(normal(rows, positions, teacher), normal(vocabulary, teacher, scale=3 / teacher**0.5))
         labels = torch.randint(vocabulary, (rows, positions), generator=generator, device=device)
-        return cls(hidden, weight, head, labels)
+        return cls(hidden, weight, head, labels, any_cache(labels, vocabulary))
 
     def cut(self, rows: int, positions: int | None = None, dtype: torch.dtype | None = None) -> Case:
         """The first rows and positions as leaves of their own, over the whole vocabulary."""
@@ -68,6 +70,7 @@ class Case:
             self.weight.detach().to(dtype).requires_grad_(),
             Head(self.teacher.hidden[kept].to(dtype, copy=True), self.teacher.weight.to(dtype)),
             self.labels[kept].contiguous(),
+            replace(self.cached, **{name: tensor[kept] for name, tensor in self.cached.tensors.items()}),
         )
 
     def clear(self) -> None:
@@ -85,12 +88,22 @@ class Case:
         return self.hidden.flatten(0, 1), self.weight, self.teacher.hidden.flatten(0, 1), self.teacher.weight
 
 
+def any_cache(labels: Tensor, vocabulary: int) -> Cached:
+    """A teacher that was written down, of any content: 10 ids with half of the mass, 32 draws from the rest."""
+    steps = torch.arange(42, device=labels.device) * (vocabulary // 42)
+    head, tail = ((labels.unsqueeze(-1) + steps) % vocabulary).int().split([10, 32], -1)
+    log_p = torch.full(head.shape, 0.05, device=labels.device).log()
+    half = torch.full(labels.shape, 0.5, device=labels.device)
+    return Cached(head, log_p, half.log(), half * math.log(vocabulary), tail, vocabulary)
+
+
 @dataclass(frozen=True, slots=True)
 class Competitor:
     """A step that leaves gradients in a case.
 
     loss: what it claims to compute, for the float64 oracle (None: no loss). beside: our row of the same loss.
     dense: it holds (tokens x vocabulary) in several copies, so that large shapes are measured on one row and scaled.
+    cached: its teacher was written down.
     """
 
     name: str
@@ -99,6 +112,7 @@ class Competitor:
     loss: Objective | None
     beside: str | None = None
     dense: bool = False
+    cached: bool = False
 
 
 # ----- the bound, ours, eager
@@ -114,9 +128,10 @@ def products(case: Case) -> None:
     _ = student.T @ hidden
 
 
-def ours(objective: Objective, impl: str = "auto") -> Callable[[Case], None]:
+def ours(objective: Objective, impl: str = "auto", *, cached: bool = False) -> Callable[[Case], None]:
     def step(case: Case) -> None:
-        head, teacher = Head(case.hidden, case.weight), case.teacher if objective.needs_teacher else None
+        live = case.teacher if objective.needs_teacher else None
+        head, teacher = Head(case.hidden, case.weight), case.cached if cached else live
         options = {"objective": objective, "impl": impl, "layout": case.layout}
         distillation_loss(head, teacher, case.labels, **options).mean().backward()
 
@@ -158,6 +173,16 @@ OURS = [
         "jensen_shannon": "cross-entropy plus the Jensen-Shannon divergence, beta 0.5",
         "none": "cross-entropy alone, without a teacher: three of the four products",
     }.items()
+]
+OURS += [
+    Competitor(
+        "tailkd tail_aware, cached",
+        ours(Objective(), cached=True),
+        "cross-entropy plus the tail-aware divergence from a teacher that was written down, 10 ids and 32 draws a "
+        "position: three of the four products, to be held against cross-entropy alone",
+        Objective(),
+        cached=True,
+    )
 ]
 EAGER = [
     Competitor(

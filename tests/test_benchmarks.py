@@ -17,6 +17,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "objective.py"
+DATA = Path(os.environ.get("TAILKD_DATA", "nowhere"))
 FIGURES = ("p20_s", "p50_s", "p80_s", "ratio", "peak_bytes", "error_hidden", "error_weight")
 ABOUT = ("run", "device", "card", "processor", "python", "torch", "trl", "liger_kernel", "cut_cross_entropy", "commit")
 
@@ -143,3 +144,29 @@ def test_a_whole_step_beside_its_floor(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert page.endswith("after\n")
     assert "| tailkd tail_aware |" in page
     assert "activations checkpointed" in page
+
+
+def test_estimates_of_a_cache_are_held_against_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    variance = loaded(SCRIPT.with_name("cache_variance.py"), monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(2, 3, 60, generator=generator) for _ in range(2))
+    rows = variance.measured(student, teacher, 150)
+    assert [row["objective"] for row in rows] == list(variance.OBJECTIVES)
+    for row in rows:
+        assert abs(row["mean_off_by_standard_errors"]) < 3
+        assert abs(row["gradient_off_by_standard_errors"]) < 3
+        assert row["gradient_to_formula"] == pytest.approx(1, abs=0.2)
+        assert row["value_to_formula"] == pytest.approx(1, abs=0.4)
+    assert variance.wrong(row | {"value_to_formula": 1.11, "mean_off_by_standard_errors": -3.1}) == [
+        "mean_off_by_standard_errors",
+        "value_to_formula",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(not (DATA / "models" / "stories260k").is_dir(), reason="TAILKD_DATA names no data folder")
+def test_estimates_of_a_real_teacher_are_as_the_formulas_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    variance = loaded(SCRIPT.with_name("cache_variance.py"), monkeypatch)
+    variance.main([str(DATA), "--out", str(tmp_path / "rows.jsonl")])  # ends with an error where they are not
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == len(variance.OBJECTIVES)

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 import tailkd
 
 SIGNATURES = {
+    "Cached": "(head_ids, head_log_probabilities, log_tail_mass, tail_entropy, tail_ids, vocabulary_size, "
+    "temperature=1.0)",
     "Head": "(hidden, weight, bias=None, scale=1.0, softcap=None)",
     "Objective": "(*, divergence='tail_aware', top_k=10, beta=2.0, temperature=1.0, clm_weight=1.0, "
     "divergence_weight=1.0, jsd_beta=0.5, skew=0.1, dkd_alpha=1.0, dkd_beta=8.0, tail_mass_floor=1e-06)",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tailkd.evaluate.calibration import full_ece as full_ece
+    from tailkd.objective import Cached as Cached
     from tailkd.objective import Head as Head
     from tailkd.objective import Objective as Objective
     from tailkd.objective import decoupled_kd as decoupled_kd
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Cached": "tailkd.objective",
     "Head": "tailkd.objective",
     "Objective": "tailkd.objective",
     "decoupled_kd": "tailkd.objective",

@@ -1,5 +1,6 @@
 """The mathematics: what a student is trained on. Imports torch and nothing else."""
 
+from tailkd.objective.caching import written_down
 from tailkd.objective.divergences import (
     decoupled_kd,
     forward_kl,
@@ -14,10 +15,11 @@ from tailkd.objective.divergences import (
 from tailkd.objective.head import Head
 from tailkd.objective.loss import Loss, distillation_loss
 from tailkd.objective.settings import Objective
-from tailkd.objective.signal import Dense
+from tailkd.objective.signal import Cached, Dense
 from tailkd.objective.tally import Tally
 
 __all__ = [
+    "Cached",
     "Dense",
     "Head",
     "Loss",
@@ -33,4 +35,5 @@ __all__ = [
     "skew_reverse_kl",
     "tail_aware_divergence",
     "total_variation",
+    "written_down",
 ]

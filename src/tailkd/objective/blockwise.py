@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tailkd.objective import blocks
+from tailkd.objective.from_cache import cached_block
 from tailkd.objective.rows import Weights
 from tailkd.objective.work import Work
 
@@ -30,7 +31,7 @@ class Blockwise:
         teacher's products, and one pass adds it with the weight that is then known.
         """
         work, rows = self.work, self.rows or len(student)
-        waiting = whole and work.divergence == "tail_aware"
+        waiting = whole and work.divergence == "tail_aware" and work.cached is None
         for at in range(0, len(student), rows):
             part = None if teacher is None else teacher[at : at + rows]
             self._block(student[at : at + rows], part, start + at, waiting)
@@ -68,11 +69,12 @@ class Blockwise:
         labels = work.labels[place]
         weight = work.token_weights[place]
         w_clm = weight * objective.clm_weight
-        if teacher is None or work.teacher is None:
+        if teacher is None and work.cached is None:
             cross_entropy = blocks.clm_block(s, w_clm, labels)
         else:
             at_label = s.gather(1, labels)
-            t = work.teacher.widen(teacher, buffers[1])
+            if teacher is not None and work.teacher is not None:
+                t = work.teacher.widen(teacher, buffers[1])
             untempered = s.clone() if objective.temperature != 1.0 else None
             inside = (w_clm if untempered is None else torch.zeros_like(w_clm), weight * objective.divergence_weight)
             cross_entropy = self._divergence((s, t, buffers[2]), labels, inside, place, waiting) - at_label
@@ -95,7 +97,8 @@ class Blockwise:
         temperature = objective.temperature
         if temperature != 1.0:
             s.div_(temperature)
-            t.div_(temperature)
+            if t is not s:
+                t.div_(temperature)
         weight = w_divergence * temperature  # temperature^2 of the definition, 1 / temperature from the chain rule
         if work.divergence in blocks.WHOLE:
             setting = objective.jsd_beta if work.divergence == "jensen_shannon" else objective.skew
@@ -105,6 +108,10 @@ class Blockwise:
             work.note(place, divergence=temperature**2 * value)
             return log_sum_exp
         by_name = split_weights(work, w_clm, weight, None if waiting else place)
+        if work.cached is not None:
+            found = cached_block(s, work.cached, place, labels, by_name)
+            note_split(work, place, found)
+            return found.log_sum_exp
         head_ids = labels if work.divergence == "decoupled_kd" else None
         found = blocks.split_block(buffers, labels, head_ids, objective.top_k if work.has_head else 0, by_name)
         note_split(work, place, found)

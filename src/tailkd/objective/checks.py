@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from tailkd.objective.settings import Objective
+    from tailkd.objective.signal import Cached
+
+FROM_CACHE = ("tail_aware", "forward_kl", "ghost_token_kl")  # what draws from the tail hold enough for
 
 
 def at_least(name: str, value: float, least: float) -> None:
@@ -54,3 +61,37 @@ def labels(labels: Tensor, shape: Sequence[int], vocabulary_size: int) -> None:
             f"label {int(labels[wrong][0])} is outside the {vocabulary_size:,} vocabulary rows; expected 0 to "
             f"{vocabulary_size - 1:,}, or -100 for a position that does not count"
         )
+
+
+def cached(cached: Cached, objective: Objective, labels: Tensor) -> None:
+    """Whether a teacher that was written down holds what an objective needs."""
+    kept = f"a cached teacher holds {cached.top_k} ids and {cached.draws} draws from the rest"
+    if objective.divergence not in FROM_CACHE:
+        raise ValueError(
+            f"divergence {objective.divergence!r} needs the teacher's probability of every id, and {kept}; expected "
+            f"one of {', '.join(FROM_CACHE)}, or a teacher as a Head"
+        )
+    if objective.temperature != cached.temperature:
+        raise ValueError(
+            f"temperature is {objective.temperature!r}, and the teacher was cached at {cached.temperature!r}, which "
+            "nothing can undo; take that one, or cache the teacher anew at yours"
+        )
+    if objective.divergence != "forward_kl" and cached.top_k < min(objective.top_k, cached.vocabulary_size):
+        raise ValueError(
+            f"top_k is {objective.top_k}, and {kept}; expected at most {cached.top_k}: take such a top_k, or cache the "
+            f"teacher anew with top_k {objective.top_k}"
+        )
+    if cached.log_tail_mass.shape != labels.shape:
+        raise ValueError(
+            f"a cached teacher of {tuple(cached.log_tail_mass.shape)} positions; expected (batch, sequence) = "
+            f"{tuple(labels.shape)}, those of the labels"
+        )
+    if labels.device.type != "cpu":  # looking inside would stop the host until the device is done
+        return
+    for ids in (cached.head_ids, cached.tail_ids):
+        outside = ((ids < 0) | (ids >= cached.vocabulary_size)) & (labels != -100).unsqueeze(-1)
+        if outside.any():
+            raise ValueError(
+                f"cached id {int(ids[outside][0])} is outside the {cached.vocabulary_size:,} vocabulary rows; the "
+                "cache is of another vocabulary, or damaged: cache the teacher anew"
+            )

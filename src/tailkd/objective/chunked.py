@@ -21,7 +21,7 @@ from tailkd.objective.head import Head
 from tailkd.objective.layout import Layout
 from tailkd.objective.settings import Objective
 from tailkd.objective.sides import Mixture, Side, side_of
-from tailkd.objective.signal import Dense
+from tailkd.objective.signal import Cached, Dense
 from tailkd.objective.work import Work, wide_dtype
 
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 5 << 30}
@@ -48,7 +48,7 @@ def engine_of(impl: str, work: Work) -> Engine:
 
 def chunked_sums(
     student: Head,
-    teacher: Head | Dense | None,
+    teacher: Head | Dense | Cached | None,
     labels: Tensor,
     objective: Objective,
     layout: Layout,
@@ -69,9 +69,11 @@ class _Chunked(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         with torch.autocast(hidden.device.type, enabled=False):
             layout = layout.to(labels.device)
-            side = None if teacher is None else side_of(teacher, layout.valid, wide_dtype(hidden))
+            is_cached = isinstance(teacher, Cached)
+            live = None if teacher is None or is_cached else side_of(teacher, layout.valid, wide_dtype(hidden))
             student = Side.of(student, layout.valid)
-            work = Work.of(student, side, labels, token_weights, objective, layout, gradient=any(needs))
+            inputs = (student, live, labels, token_weights, objective, layout)
+            work = Work.of(*inputs, gradient=any(needs), cached=teacher if is_cached else None)
             gradients = _Gradients.like(work, hidden, weight, bias, needs)
             _run(work, gradients, engine_of(impl, work))
         ctx.save_for_backward(*gradients.finished(hidden, layout))

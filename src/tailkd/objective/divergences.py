@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tailkd.objective import checks
+from tailkd.objective.signal import Cached
 
 NEGATIVE_INFINITY = float("-inf")
 
@@ -80,6 +81,34 @@ def split_kl(log_p: Tensor, log_q: Tensor, head: Tensor) -> Split:
 def _renormalised(log_p: Tensor, log_mass: Tensor, head: Tensor, empty: Tensor) -> Tensor:
     log_mass = log_mass.masked_fill(empty, 0.0).unsqueeze(-1)
     return (log_p - log_mass).masked_fill(head | empty.unsqueeze(-1), NEGATIVE_INFINITY)
+
+
+def cached_split(log_q: Tensor, cached: Cached, mask: Tensor, top_k: int) -> Split:
+    """KL(p || q) split at the first `top_k` ids of a teacher p that was written down; `tail_kl` is an estimate.
+
+    With E its other kept ids, x the draws, H their entropy, a and b the masses of p and q after `top_k`, and
+    ``share = tail mass / a``, the tail's KL is estimated by::
+
+        (p[E] / a * log((p[E] / a) / (q[E] / b))).sum() + share * (log(share) - H - log(q[x] / b).mean())
+
+    Its expectation over the draws is `split_kl`'s. Positions outside `mask` may hold anything, and come out finite.
+    """
+    wide, outside = log_q.dtype, ~mask
+    ids, draws = (t.long().masked_fill(outside.unsqueeze(-1), 0) for t in (cached.head_ids, cached.tail_ids))
+    log_p = cached.head_log_probabilities.masked_fill(outside.unsqueeze(-1), 0.0).to(wide)
+    log_rest, entropy = (t.masked_fill(outside, 0.0).to(wide) for t in (cached.log_tail_mass, cached.tail_entropy))
+    at_ids, at_draws = log_q.gather(-1, ids), log_q.gather(-1, draws)
+    head = torch.zeros_like(log_q, dtype=torch.bool).scatter(-1, ids[..., :top_k], True)
+    log_a = log_sum_exp(torch.cat([log_p[..., top_k:], log_rest.unsqueeze(-1)], -1))
+    log_b = log_sum_exp(log_q.masked_fill(head, NEGATIVE_INFINITY))
+    head_kl = kl_terms(log_p[..., :top_k], at_ids[..., :top_k]).sum(-1) + kl_terms(log_a, log_b)
+    empty, nothing_drawn = log_a == NEGATIVE_INFINITY, log_rest == NEGATIVE_INFINITY
+    norm_p, norm_q = (log_mass.masked_fill(empty, 0.0) for log_mass in (log_a, log_b))
+    others = (one[..., top_k:] - norm.unsqueeze(-1) for one, norm in ((log_p, norm_p), (at_ids, norm_q)))
+    log_share = (log_rest - norm_p).masked_fill(nothing_drawn, 0.0)
+    at_draws = (at_draws - norm_q.unsqueeze(-1)).masked_fill(nothing_drawn.unsqueeze(-1), 0.0)
+    of_draws = log_share.exp() * (log_share - entropy - at_draws.mean(-1))
+    return Split(head_kl, kl_terms(*others).sum(-1) + of_draws.masked_fill(nothing_drawn, 0.0), log_a)
 
 
 def top_k_mask(logits: Tensor, top_k: int) -> Tensor:

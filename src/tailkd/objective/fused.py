@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tailkd.objective import kernels, rows
+from tailkd.objective import from_cache, kernels, rows
 from tailkd.objective.blocks import Split
 from tailkd.objective.blockwise import note_split, split_weights
 from tailkd.objective.head import factor_and_divisor
@@ -40,7 +40,9 @@ class Fused:
         """Turn products into the gradient with respect to them, in place; note values. `whole` rows are complete."""
         place = slice(start, start + len(student))
         at_label = self._logits(self.work.student, student, self.work.labels[place])
-        if teacher is None:
+        if self.work.cached is not None:
+            log_sum_exp = self._cached(student, self.work.cached, place)
+        elif teacher is None:
             log_sum_exp = self._clm(student, place)
         elif self.work.divergence in KINDS:
             log_sum_exp = self._whole(student, teacher, place)
@@ -100,6 +102,35 @@ class Fused:
         tail_kl = dots.unsqueeze(1) / total_t.double() - total_t.double().log() + total_s.double().log()
         note_split(work, place, Split(q.log_sum_exp, rows.head_kl(p, q), tail_kl, p.log_mass))
         return q.log_sum_exp if plain is None else Lumped.of(None, plain).log_sum_exp
+
+    def _cached(self, student: Tensor, side: from_cache.CachedSide, place: slice) -> Tensor:
+        work, objective = self.work, self.work.objective
+        labels, weight = work.labels[place], work.token_weights[place]
+        w_clm, is_tempered = weight * objective.clm_weight, objective.temperature != 1.0
+        ids = torch.cat([side.head_ids[place], side.tail_ids[place]], 1)
+        logits = self._logits(work.student, student, ids)
+        at = [side.head_ids.shape[1], side.tail_ids.shape[1]]
+        plain = self._scan(work.student, student, 1.0)[0] if is_tempered else None
+        student.scatter_(1, side.head_ids[place], -math.inf)
+        rest, _ = self._scan(work.student, student, objective.temperature)
+        inside = torch.zeros_like(w_clm) if is_tempered else w_clm
+        scale = weight * objective.divergence_weight * objective.temperature
+        weights = split_weights(work, inside, scale, place)
+        head, draws = (logits / objective.temperature).split(at, 1)
+        found = from_cache.estimate(side, place, (head, draws), rest, labels, weights)
+        zero = torch.zeros_like(w_clm)
+        numbers = [rest.largest, zero, found.on_rest / rest.total, zero, zero]
+        self._gradient(student, None, [*numbers, *self._untempered(plain, w_clm), w_clm], place)
+        log_sum_exp = found.values.log_sum_exp
+        at_ids = torch.cat([found.at_head, found.at_draws], 1)
+        if plain is not None:
+            log_sum_exp = Lumped.of(None, plain).log_sum_exp
+            at_ids = at_ids + w_clm * ((logits.double() - log_sum_exp).exp() - (ids == labels).double())
+        slope = work.student.slope(logits)
+        found.at_head, found.at_draws = (at_ids if slope is None else at_ids * slope).split(at, 1)
+        from_cache.leave(student, side, place, found)
+        note_split(work, place, found.values)
+        return log_sum_exp
 
     def _whole(self, student: Tensor, teacher: Tensor, place: slice) -> Tensor:
         work, objective = self.work, self.work.objective
@@ -176,7 +207,7 @@ class Fused:
             student, given, dots, _packed(numbers), work.labels[place], student.stride(0), given.stride(0),
             work.vocabulary, *_numbers(work.student), *_numbers(other),
             objective.temperature, FORM=_form(work.student), TEACHER_FORM=_form(other), TEACHER=teacher is not None,
-            TEMPERED=teacher is not None and objective.temperature != 1.0,
+            TEMPERED=objective.needs_teacher and objective.temperature != 1.0,
             BLOCK=_width(work.vocabulary, BLOCK), num_warps=WARPS,
         )  # fmt: skip
         return dots

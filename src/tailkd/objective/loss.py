@@ -18,7 +18,7 @@ from tailkd.objective.chunked import chunked_sums
 from tailkd.objective.head import Head
 from tailkd.objective.layout import Layout, layout_of
 from tailkd.objective.settings import TOP_K_DIVERGENCES, Objective
-from tailkd.objective.signal import Dense
+from tailkd.objective.signal import Cached, Dense
 from tailkd.objective.tally import Tally
 from tailkd.objective.work import PARTS
 
@@ -62,7 +62,7 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
 @untraced
 def distillation_loss(
     student: Head,
-    teacher: Head | Dense | None,
+    teacher: Head | Dense | Cached | None,
     labels: Tensor,
     *,
     objective: Objective,
@@ -87,7 +87,8 @@ def distillation_loss(
 
     Args:
         student, teacher: heads over one vocabulary (`teacher` may be None where ``divergence == "none"``); a `Dense`
-            teacher is a mixture of several, or has ids folded into others.
+            teacher is a mixture of several, or has ids folded into others; a `Cached` one was written down, its tail
+            estimated: on average over its draws all is as with a live teacher.
         labels: (batch, sequence), already shifted: ``labels[b, t]`` is what position t predicts; -100 is ignored.
         segments: (batch, sequence) document ids, for a mean tail mass per document instead of per row.
         token_weights: (batch, sequence) factor on each position's loss; the count stays that of valid positions.
@@ -98,20 +99,14 @@ def distillation_loss(
 
     Raises:
         ValueError: a teacher that is missing, vocabularies or shapes that differ, an `impl` that is unknown or cannot
-            run here.
+            run here, a cache that holds less than the objective needs.
 
     Source: "Don't Ignore the Tail", Eq. 4.
     """
     impl = _chosen(impl, student.hidden)
     checks.labels(labels, student.hidden.shape[:2], student.vocabulary_size)
     if objective.needs_teacher:
-        if teacher is None:
-            raise ValueError(f"divergence {objective.divergence!r} needs a teacher; give one or take divergence 'none'")
-        if teacher.vocabulary_size != student.vocabulary_size:
-            raise ValueError(
-                f"the teacher has {teacher.vocabulary_size:,} vocabulary rows, the student "
-                f"{student.vocabulary_size:,}; expected one vocabulary: slice padded rows off with Head.narrow(usable)"
-            )
+        _check_teacher(teacher, student, labels, objective)
     if impl == "reference":
         return _reference(student, teacher, labels, objective, segments, token_weights)
     layout = layout or layout_of(labels, segments)
@@ -119,6 +114,18 @@ def distillation_loss(
     return _loss(
         objective, layout.count, chunked_sums(student, teacher, labels, objective, layout, token_weights, impl)
     )
+
+
+def _check_teacher(teacher: Head | Dense | Cached | None, student: Head, labels: Tensor, objective: Objective) -> None:
+    if teacher is None:
+        raise ValueError(f"divergence {objective.divergence!r} needs a teacher; give one or take divergence 'none'")
+    if teacher.vocabulary_size != student.vocabulary_size:
+        raise ValueError(
+            f"the teacher has {teacher.vocabulary_size:,} vocabulary rows, the student "
+            f"{student.vocabulary_size:,}; expected one vocabulary: slice padded rows off with Head.narrow(usable)"
+        )
+    if isinstance(teacher, Cached):
+        checks.cached(teacher, objective, labels)
 
 
 def _chosen(impl: str, hidden: Tensor) -> str:
@@ -155,7 +162,7 @@ def _loss(objective: Objective, count: int, found: tuple[Tensor, Tensor, Tensor]
 
 def _reference(
     student: Head,
-    teacher: Head | Dense | None,
+    teacher: Head | Dense | Cached | None,
     labels: Tensor,
     objective: Objective,
     segments: Tensor | None,
@@ -168,10 +175,7 @@ def _reference(
     clm = F.nll_loss(log_q.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
     values, parts = {"clm": clm}, {}
     if objective.needs_teacher and teacher is not None:
-        with torch.no_grad():
-            teacher_logits = teacher.logits()
-        of = _split_divergence if objective.divergence in TOP_K_DIVERGENCES else _plain_divergence
-        values["divergence"], parts = of(student_logits, teacher_logits, labels, objective, segments)
+        values["divergence"], parts = _divergence(student_logits, teacher, labels, objective, segments)
     weights = {"clm": objective.clm_weight, "divergence": objective.divergence_weight}
     total = torch.stack([weights[name] * value for name, value in values.items()]).sum(0)
     total = total if token_weights is None else total * token_weights
@@ -180,9 +184,34 @@ def _reference(
     return Loss(total, count, {"loss": Tally(total.detach(), count), **summed, **parts})
 
 
-def _plain_divergence(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, objective: Objective, segments: Tensor | None
-) -> tuple[Tensor, dict[str, Tally]]:
+Divergence = tuple[Tensor, dict[str, Tally]]  # nats per position, and its parts
+
+
+def _divergence(
+    student_logits: Tensor,
+    teacher: Head | Dense | Cached,
+    labels: Tensor,
+    objective: Objective,
+    segments: Tensor | None,
+) -> Divergence:
+    mask, is_split = labels != -100, objective.divergence in TOP_K_DIVERGENCES
+    if isinstance(teacher, Cached):
+        log_q = divergences.log_probabilities(student_logits, objective.temperature)
+        split = divergences.cached_split(log_q, teacher, mask, objective.top_k if is_split else 0)
+        if is_split:
+            return _split_divergence(split, mask, objective, segments)
+        values = split.head_kl + split.log_tail_mass.exp() * split.tail_kl
+        return (values * objective.temperature**2).masked_fill(~mask, 0.0), {}
+    with torch.no_grad():
+        teacher_logits = teacher.logits()
+    if not is_split:
+        return _plain_divergence(student_logits, teacher_logits, labels, objective), {}
+    log_p, log_q = divergences.pair(student_logits, teacher_logits, objective.temperature)
+    split = divergences.split_kl(log_p, log_q, divergences.top_k_mask(teacher_logits, objective.top_k))
+    return _split_divergence(split, mask, objective, segments)
+
+
+def _plain_divergence(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, objective: Objective) -> Tensor:
     own: dict[str, Any] = {
         "jensen_shannon": {"jsd_beta": objective.jsd_beta},
         "skew_forward_kl": {"skew": objective.skew},
@@ -191,16 +220,14 @@ def _plain_divergence(
     }
     divergence = getattr(divergences, objective.divergence)
     shared = {"mask": labels != -100, "temperature": objective.temperature}
-    return divergence(student_logits, teacher_logits, **shared, **own.get(objective.divergence, {})), {}
+    return divergence(student_logits, teacher_logits, **shared, **own.get(objective.divergence, {}))
 
 
 def _split_divergence(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, objective: Objective, segments: Tensor | None
-) -> tuple[Tensor, dict[str, Tally]]:
+    split: divergences.Split, mask: Tensor, objective: Objective, segments: Tensor | None
+) -> Divergence:
     """The divergence, and of it: head and tail part of the KL at its temperature, tail mass, rows under the floor."""
-    mask, floor = labels != -100, objective.tail_mass_floor
-    log_p, log_q = divergences.pair(student_logits, teacher_logits, objective.temperature)
-    split = divergences.split_kl(log_p, log_q, divergences.top_k_mask(teacher_logits, objective.top_k))
+    floor = objective.tail_mass_floor
     log_mean = divergences.log_mean_tail_mass(split.log_tail_mass, mask, segments)
     beta = objective.beta if objective.divergence == "tail_aware" else 0.0
     values = divergences.tail_aware_values(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from tailkd.objective import checks
 from tailkd.objective.head import Head
 
 
@@ -86,3 +87,71 @@ class Dense:
             return each[0]
         parts = [weight + z.log_softmax(-1) for weight, z in zip(self.log_weights, each, strict=True)]
         return torch.stack(parts).logsumexp(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """A teacher that was written down: at each position its likeliest ids, what is left, and ids drawn from that.
+
+    What `caching.written_down` makes of logits. From it `tail_aware` and `forward_kl` are unbiased, in value and
+    gradient, over the draws; the head part, the tail mass, its mean and all of `ghost_token_kl` are exact. Of K ids any
+    ``top_k`` up to K can be asked for. Positions without a label may hold anything.
+
+    Args:
+        head_ids: integers (batch, sequence, K), the K most probable ids, most probable first.
+        head_log_probabilities: (batch, sequence, K), theirs.
+        log_tail_mass: (batch, sequence), logarithm of the mass of all other ids; -inf where there are none.
+        tail_entropy: (batch, sequence), entropy (nats) of the renormalised rest.
+        tail_ids: integers (batch, sequence, draws), drawn from the renormalised rest, repeats written out.
+        vocabulary_size: ids that the teacher was normalised over, those that the student has.
+        temperature: by which the teacher's logits were divided.
+
+    Raises:
+        ValueError: shapes that do not fit, no draws, a temperature that is not positive.
+
+    Source: sparse logit sampling (Anshumann et al. 2025), stratified at the top K; docs/numerics.md.
+    """
+
+    head_ids: Tensor
+    head_log_probabilities: Tensor
+    log_tail_mass: Tensor
+    tail_entropy: Tensor
+    tail_ids: Tensor
+    vocabulary_size: int
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        positions = tuple(self.log_tail_mass.shape)
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        lists = {"head_ids": self.top_k, "head_log_probabilities": self.top_k, "tail_ids": self.draws}
+        if any(shape != positions + ((lists[name],) if name in lists else ()) for name, shape in shapes.items()):
+            raise ValueError(
+                f"a cached teacher of shapes {shapes}; expected (batch, sequence, K) for the head's ids and "
+                "log-probabilities, (batch, sequence) for tail mass and entropy, (batch, sequence, draws) for tail ids"
+            )
+        if not (0 < self.top_k <= self.vocabulary_size and self.draws):
+            raise ValueError(
+                f"a cached teacher with {self.top_k} ids of {self.vocabulary_size:,} and {self.draws} drawn from the "
+                "rest; expected 1 to all ids, and at least one draw"
+            )
+        checks.positive("temperature", self.temperature)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is kept per position, by name."""
+        names = ("head_ids", "head_log_probabilities", "log_tail_mass", "tail_entropy", "tail_ids")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def top_k(self) -> int:
+        """How many ids are kept with their own probability."""
+        return self.head_ids.shape[-1] if self.head_ids.dim() else 0
+
+    @property
+    def draws(self) -> int:
+        """How many ids were drawn from the rest."""
+        return self.tail_ids.shape[-1] if self.tail_ids.dim() else 0
+
+    def to(self, device: torch.device | str) -> Cached:
+        """The same on another device."""
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()})

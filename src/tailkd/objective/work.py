@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from tailkd.objective.blocks import LOW
+from tailkd.objective.from_cache import CachedSide
 from tailkd.objective.layout import Layout
 from tailkd.objective.settings import TOP_K_DIVERGENCES, Objective
 from tailkd.objective.sides import Mixture, Side
+from tailkd.objective.signal import Cached
 
 PARTS = ("loss", "clm", "divergence", "head_kl", "tail_kl", "tail_mass")
 
@@ -29,6 +31,7 @@ class Work:
     log_mean: Tensor  # (groups,) log of the mean tail mass, once known
     values: dict[str, Tensor]  # (n,) per position
     gradient: bool
+    cached: CachedSide | None = None  # in the place of a teacher
 
     @staticmethod
     def of(
@@ -40,6 +43,7 @@ class Work:
         layout: Layout,
         *,
         gradient: bool,
+        cached: Cached | None = None,
     ) -> Work:
         """From sides and layout with labels and token weights (batch, sequence), all on one device."""
         device = labels.device
@@ -52,7 +56,7 @@ class Work:
         ones = torch.ones(layout.count, 1, dtype=wide, device=device)
         if token_weights is not None:
             ones = token_weights.detach().flatten().index_select(0, layout.valid).to(wide).unsqueeze(1)
-        return Work(
+        work = Work(
             student=student,
             teacher=teacher,
             labels=labels.flatten().index_select(0, layout.valid).unsqueeze(1),
@@ -63,6 +67,16 @@ class Work:
             values=dict(zip(names, zeros(len(names) * layout.count).view(len(names), -1), strict=True)),
             gradient=gradient,
         )
+        return work if cached is None else work.with_cached(cached)
+
+    def with_cached(self, cached: Cached) -> Work:
+        """The same against a teacher that was written down: the mean tail masses are known before anything else."""
+        kept = self.objective.top_k if self.has_head else 0
+        self.cached = CachedSide.of(cached, self.layout.valid, kept)
+        if self.has_head:
+            self.note(slice(None), log_tail_mass=self.cached.log_tail_mass)
+            self.close_sequences(0, self.layout.count)
+        return self
 
     @property
     def wide(self) -> torch.dtype:
@@ -105,8 +119,9 @@ class Work:
         objective, log_mean = self.objective, self.log_mean[self.layout.group[start:stop]]
         if objective.tail_mass_floor > 0:
             log_mean = log_mean.clamp_min(math.log(objective.tail_mass_floor))
-        weight = objective.beta * (self.values["log_tail_mass"][start:stop] - log_mean).exp()
-        return weight.unsqueeze(1)
+        log_mass = self.values["log_tail_mass"][start:stop]
+        weight = objective.beta * (log_mass - log_mean).exp()
+        return weight.masked_fill(log_mass <= LOW / 2, 0.0).unsqueeze(1)  # nothing there
 
     def totals(self) -> Tensor:
         """Sums of `PARTS` over positions, float64."""
