@@ -347,8 +347,8 @@ MUTANTS = (
     Mutant(
         "teacher and student swapped",
         "objective/loss.py",
-        "of(student_logits, teacher_logits, labels, objective, segments)",
-        "of(teacher_logits, student_logits, labels, objective, segments)",
+        "split = divergences.split_kl(log_p, log_q, divergences.top",
+        "split = divergences.split_kl(log_q, log_p, divergences.top",
         "tests/objective",
     ),
     Mutant(
