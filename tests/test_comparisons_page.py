@@ -34,7 +34,7 @@ def test_the_commands_run(stranger: SimpleNamespace, tmp_path: Path, monkeypatch
     assert f"At the end, less {forward}" in told[1]
     assert f"At the end, {tad} (2 seeds) against {forward}: " in told[1]
     assert "The noise is that of 2 seeds and of the sample (" in told[1]
-    assert "warning: the divergence has another total weight" in told[1]
+    assert "warning: The divergence has another total weight" in told[1]
     assert f"{tad} (2 seeds)" in (tmp_path / "page.html").read_text("utf-8")
     found = json.loads(told[2])
     assert [len(method["runs"]) for method in found["methods"]] == [2, 2]

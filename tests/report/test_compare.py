@@ -87,8 +87,8 @@ def test_where_all_runs_end_the_rows_give_an_interval(tmp_path: Path) -> None:
 
 def test_a_run_without_a_bill(pair: list[Run], tmp_path: Path) -> None:
     old = make_run(tmp_path, "old", kl=noisy(0.3, 2), bill=None, objective=TAD)
-    assert "At equal FLOPs: not known, since old has no bill.json." in compared([pair[0], old]).notes
-    with pytest.raises(Refusal, match=r"old has no bill.json. Take another --at"):
+    assert "At equal FLOPs: not known without a bill.json of old." in compared([pair[0], old]).notes
+    with pytest.raises(Refusal, match=r"without a bill.json of old\. Take another --at"):
         compared([pair[0], old], at="flops")
 
 
@@ -164,7 +164,7 @@ def test_what_it_says(pair: list[Run]) -> None:
     assert "At the end, tad against kl: better in KL(T||S); within the noise in CE; no interval for Full-ECE." in told
     assert "The noise is that of the sample (40 held-out rows); what another seed gives is not in it" in told
     assert "2 differences were tested, each at 95 %: if nothing were different, 0.1 of them" in told
-    assert "warning: the divergence has another total weight" in told
+    assert "warning: The divergence has another total weight" in told
 
 
 def test_the_baseline_may_be_any_run(pair: list[Run], tmp_path: Path, undrawn: None) -> None:

@@ -161,7 +161,7 @@ def _section(methods: Sequence[Group], base: Group, place: str) -> Section | str
         if x is not None:
             early = ", ".join(run.name for run in runs if curves.ends_at(run, place, 0.0))
             return f"At equal {curves.AXES[place]}: not known, since {early} was measured before training alone."
-        return f"At equal {curves.AXES[place]}: not known, since {without} has no bill.json."
+        return f"At equal {curves.AXES[place]}: not known without a bill.json of {without}."
     rows, notes = [], []
     for key in MEASURES:
         each = {method.name: place_values(method, key, axis=place, x=x) for method in methods}

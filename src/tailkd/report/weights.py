@@ -54,10 +54,10 @@ def warning(runs: Sequence[Run]) -> str | None:
     numbers = ", ".join(f"{name} {total:.3g}" for name, total in known.items())
     others = [one.name for one in found if one.total is None]
     return (
-        f"the divergence has another total weight against cross-entropy (head + mean of the tail): {numbers}. The tail "
+        f"The divergence has another total weight against cross-entropy (head + mean of the tail): {numbers}. The tail "
         f"weighs beta in TAD, and in KL the teacher's mean tail mass, {mass:.3g} at K = {size}. A difference between "
         "them is one of weight as well as of shape"
-        + (f"; of {', '.join(others)} no such number is known" if others else "")
+        + (f"; of {', '.join(others)} no such number is known." if others else ".")
     )
 
 
