@@ -49,6 +49,7 @@ def written(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_rows_have_every_column_and_a_missing_rival_is_named(benchmark: ModuleType, tmp_path: Path) -> None:
     broken = tmp_path / "broken" / "trl"
     broken.mkdir(parents=True)

@@ -39,6 +39,7 @@ def test_the_guard_sees_connections() -> None:
     assert "127.0.0.1" in found
 
 
+@pytest.mark.slow
 def test_training_evaluating_and_reporting_reach_nothing(stranger: SimpleNamespace, tmp_path: Path) -> None:
     out, file = tmp_path / "run", tmp_path / "recipe.yaml"
     recipe = running.small(stranger, out, tokens=2 * 8 * 24, save_every_tokens=None)

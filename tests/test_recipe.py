@@ -99,7 +99,7 @@ CASES = {
     ),
     "missing": (
         HEAD.replace("  tokens: 60_000", "  seed: 1"),
-        ["line 7: training: expected one of tokens, flops or hours; came none"],
+        ["line 7: training: expected one of tokens, epochs, flops or hours; came none"],
     ),
     "unknown divergence": (
         HEAD + "objective: {divergence: tail_awar}\n",

@@ -101,7 +101,7 @@ def flat(state: saving.State) -> dict[str, list]:
     return {name: tensor.reshape(-1).tolist() for name, tensor in saving.everything(state).items()}
 
 
-@pytest.mark.parametrize("kind", ["sharded", "copied"])
+@pytest.mark.parametrize("kind", ["sharded", pytest.param("copied", marks=pytest.mark.slow)])
 def test_two_one_two(tmp_path: Path, kind: str) -> None:
     checkpoints = tmp_path / "checkpoints"
     first, second = two_ranks(tmp_path, kind, 0, 2)

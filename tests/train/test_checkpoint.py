@@ -168,6 +168,7 @@ def _no_log() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_no_log")
 def test_200_saves_leave_handles_threads_and_memory_flat(tmp_path: Path) -> None:
     def now() -> tuple[int, int, int]:
