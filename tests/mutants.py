@@ -569,7 +569,7 @@ MUTANTS = (
     Mutant(
         "teacher not looked at",
         "train/step.py",
-        "self.bad = self.bad | ~torch.isfinite(signal.hidden).all()",
+        "self.bad = self.bad | ~torch.isfinite(numbers).all()",
         "pass",
         "tests/faults/test_f18_not_finite.py",
     ),
@@ -721,6 +721,34 @@ MUTANTS = (
         "return content if xxhash.xxh3_128_digest(content) == digest else None",
         "return content",
         "tests/test_selection.py",
+    ),
+    Mutant(
+        "cached row believed",
+        "teacher/shards.py",
+        "if digest_of(self.keys[place].numpy().tobytes(), entry) != self._digests[place].tobytes():",
+        "if False:",
+        "tests/test_cache.py",
+    ),
+    Mutant(
+        "cached rows draw alike",
+        "teacher/cache_writing.py",
+        'np.random.Philox(key=int.from_bytes(key, "little"))',
+        "np.random.Philox(key=0)",
+        "tests/test_cache.py",
+    ),
+    Mutant(
+        "cache of another teacher",
+        "cache.py",
+        "now = _made_of(recipe, shared, ranks) if recipe.teachers else _vocabulary(recipe, shared)",
+        "now = _vocabulary(recipe, shared)",
+        "tests/test_cache.py",
+    ),
+    Mutant(
+        "cache without some of the rows",
+        "cache.py",
+        "    if lacking:\n",
+        "    if False:\n",
+        "tests/test_cache.py",
     ),
     Mutant(
         "tokens chosen by batch",

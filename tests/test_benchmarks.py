@@ -171,3 +171,20 @@ def test_estimates_of_a_real_teacher_are_as_the_formulas_say(monkeypatch: pytest
     variance = loaded(SCRIPT.with_name("cache_variance.py"), monkeypatch)
     variance.main([str(DATA), "--out", str(tmp_path / "rows.jsonl")])  # ends with an error where they are not
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == len(variance.OBJECTIVES)
+
+
+def test_a_cache_is_written_and_read_beside_what_it_is_compared_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    benchmark = loaded(ROOT / "benchmarks" / "cache.py", monkeypatch)
+    out = tmp_path / "rows.jsonl"
+    benchmark.main(["speed", "--shape", "tiny", "--repeats", "1", "--out", str(out)])
+    (found,) = map(json.loads, out.read_text().splitlines())
+    assert found["bytes a token"] == 174
+    assert found["tokens"] == 64
+    for name in ("speed of writing / of the forward pass", "step from the cache / of cross-entropy"):
+        assert found[f"{name}, by the clock"] > 0
+        assert found[f"{name}, of the processor"] > 0
+    low, high = benchmark.interval([0.1, 0.2, 0.3])
+    assert (low + high) / 2 == pytest.approx(0.2)
+    assert high - low == pytest.approx(2 * 4.3027 * 0.1 / 3**0.5, rel=1e-4)

@@ -67,6 +67,7 @@ def test_all_students_the_page_and_what_it_does_not_say(small: None, tmp_path: P
     assert "first choice is not the next token" in done.stdout
     assert "tad - tad-random" in done.stdout
     assert (out / "report.html").is_file()
+    assert done.stderr.count("different rows are to be written") == 1  # for all of them
 
 
 def test_the_students_differ_in_what_they_learn_from_and_in_one_start(packages: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from tailkd.data.packing import IGNORED, Row, Rows
 from tailkd.data.select import Kept, WithReference
 from tailkd.errors import DataError, Preempted, Refusal
 from tailkd.models import load
-from tailkd.teacher import reading, score
+from tailkd.teacher import chunks, reading, score
 
 
 @pytest.fixture(autouse=True)
@@ -265,10 +265,10 @@ def test_the_second_of_two_waits(tmp_path: Path) -> None:
     said: list[str] = []
 
     def second() -> None:
-        with score._alone(tmp_path / "scores", said.append):
+        with chunks.alone(tmp_path / "scores", "scores", said.append):
             said.append("in")
 
-    with score._alone(tmp_path / "scores", said.append):
+    with chunks.alone(tmp_path / "scores", "scores", said.append):
         thread = threading.Thread(target=second)
         thread.start()
         while not said:

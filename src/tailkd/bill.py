@@ -16,6 +16,8 @@ from tailkd.ledger.parameters import count
 from tailkd.ledger.peak import measured_peak
 from tailkd.models import load, precision
 from tailkd.recipe import MatchFlops, Recipe
+from tailkd.teacher.cache import MANIFEST, Manifest
+from tailkd.teacher.shards import Payload
 
 PETA = 1e15 / 1e6  # FLOPs per token of one PFLOP per million tokens
 
@@ -25,7 +27,7 @@ def bill(recipe: Recipe, *, usable: int | None = None, device: torch.device | No
     student, teachers = _sides(recipe)
     hardware = recipe.hardware
     training = _training(recipe, recipe.tokens, usable=usable, device=device or precision.default_device())
-    return ledger.bill(
+    found = ledger.bill(
         student,
         teachers,
         replace(training, generation=_generation(recipe, recipe.tokens)),
@@ -33,6 +35,7 @@ def bill(recipe: Recipe, *, usable: int | None = None, device: torch.device | No
         if hardware.peak_flops is None
         else ledger.Hardware(hardware.peak_flops, hardware.utilisation, hardware.devices, hardware.price_per_hour),
     )
+    return replace(found, cache=_cache(recipe, usable, training.batch.compute))
 
 
 def operations(recipe: Recipe, *, usable: int | None = None, device: torch.device | None = None) -> dict[str, Any]:
@@ -161,16 +164,35 @@ def _generation(recipe: Recipe, tokens: float | None) -> ledger.Generation | Non
     return ledger.Generation(writer, prompt, new, asked.count * asked.samples * new / tokens if tokens else 0.0)
 
 
+def _cache(recipe: Recipe, usable: int | None, products: torch.dtype) -> ledger.Cache | None:
+    """Of the cache that a recipe asks for; its corpus is taken to be as large as the budget."""
+    asked, configs = recipe.cache, list(pair.teacher_configs(recipe).values())
+    if asked is None or not configs:
+        return None
+    ids = usable or min(config.get_text_config().vocab_size for config in configs)
+    payload = Payload(asked.payload, ids, asked.top_k, asked.tail_samples, dtype=products)
+    return ledger.cache(configs, payload, tokens=recipe.tokens, context=recipe.data.context)
+
+
+def _signal(recipe: Recipe) -> str:
+    """What a step asks of a teacher: nothing where the objective reads none or a cache has its tail."""
+    folder, objective = recipe.written_teacher, recipe.objective
+    if objective.divergence == "none" and objective.hidden is None:
+        return "none"
+    if folder is None:
+        return "live"
+    there = (folder / MANIFEST).is_file()
+    return "hidden" if there and Manifest.read(folder).payload.kind == "hidden" else "none"
+
+
 def _sides(recipe: Recipe) -> tuple[ledger.Student, ledger.Teachers]:
-    """A teacher that nothing in the objective reads costs memory alone: held-out evaluation compares with it."""
+    """A teacher that training does not ask costs memory alone: held-out evaluation compares with it."""
     theirs, ours = pair.configurations(recipe)
     made = recipe.student.from_teacher
     student = ledger.Student(ours, frozen_embeddings=made is not None and made.freeze_embeddings)
-    read = recipe.objective.divergence != "none" or recipe.objective.hidden is not None
+    signal, beside = _signal(recipe), recipe.written_teacher is not None
     teachers = [
-        ledger.Teacher(
-            theirs[key], None if one.dtype == "auto" else getattr(torch, one.dtype), "live" if read else "none"
-        )
+        ledger.Teacher(theirs[key], None if one.dtype == "auto" else getattr(torch, one.dtype), signal, beside)
         for key, one in recipe.teachers.items()
     ]
     return student, teachers if isinstance(recipe.teacher, tuple) else teachers[0] if teachers else None

@@ -148,13 +148,13 @@ def _lock(path: Path) -> IO[str]:
         file.close()  # its owner removed it between the two
 
 
-def refuse_unwritable(folder: Path) -> None:
+def refuse_unwritable(folder: Path, key: str = "out") -> None:
     """Refuse a folder that cannot be made or written, before a model is loaded; leaves nothing behind."""
     try:
         with tempfile.TemporaryFile(dir=_nearest(folder)):
             pass
     except OSError as error:
-        raise Refusal(f"{folder} cannot be written ({error.strerror}); give another `out`") from error
+        raise Refusal(f"{folder} cannot be written ({error.strerror}); give another `{key}`") from error
 
 
 def refuse_small_disk(folder: Path, needed: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from tailkd import folder, pair
+from tailkd import cache, folder, pair
 from tailkd.bill import bill
 from tailkd.corpora import check_saved_tokenizer, overlap_of, packed, settled, source, told_cut
 from tailkd.data import tokens
@@ -50,6 +50,8 @@ def check(recipe: Recipe, refused: RecipeRefusal | None = None) -> dict[str, Any
             return None
 
     shared = tried("vocabulary", lambda: pair.read_vocabulary(recipe))
+    if shared is not None:
+        tried("teacher.cache", lambda: cache.refuse_unfit(recipe, shared))
     corpus = None if shared is None else tried("data", lambda: _corpora(recipe, shared))
     unknown = corpus is None and recipe.training.epochs is not None
     budget = None if unknown else tried("training", lambda: settled(recipe, lambda line: None))

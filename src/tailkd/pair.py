@@ -10,6 +10,7 @@ import torch
 import xxhash
 
 from tailkd import folder
+from tailkd.data.tokens import tokenizer_fingerprint
 from tailkd.errors import Refusal
 from tailkd.ledger.parameters import Parameters, count
 from tailkd.models import load, precision, vocabulary
@@ -19,6 +20,7 @@ from tailkd.recipe_models import FromTeacher, Model, Student
 from tailkd.recipe_models import Teacher as TeacherSection
 from tailkd.recipe_rules import unfinished
 from tailkd.report.record import Run
+from tailkd.teacher.cache import Manifest
 from tailkd.train.commit import measure
 
 
@@ -103,6 +105,8 @@ def read_vocabulary(recipe: Recipe) -> Vocabulary:
         if own is None:
             raise Refusal(f"student.model: {_name('student', student)!r} holds no tokenizer; save one into it")
         usable = vocabulary.tokenizer_usable_ids(own, student_rows)
+        if recipe.written_teacher is not None:
+            _refuse_other_vocabulary(recipe.written_teacher, own, usable)
         return Vocabulary(own, usable, begin_token(own, recipe.data.bos))
     theirs = {key: _tokenizer(key, teacher) for key, teacher in recipe.teachers.items()}
     tokenizer = own or next((one for one in theirs.values() if one is not None), None)
@@ -116,6 +120,21 @@ def read_vocabulary(recipe: Recipe) -> Vocabulary:
     for key in configs:
         vocabulary.check_fold(recipe.vocabulary.fold, usable, rows[key], teacher=_told(recipe, key))
     return Vocabulary(tokenizer, usable, begin_token(tokenizer, recipe.data.bos))
+
+
+def _refuse_other_vocabulary(folder: Path, tokenizer: Any, usable: int) -> None:
+    """Of a teacher that is read from its cache alone."""
+    manifest = Manifest.read(folder)
+    if manifest.made_of["tokenizer"] != tokenizer_fingerprint(tokenizer):
+        raise Refusal(
+            f"teacher.cache: {folder} was written with another tokenizer than the student's; take a student of that "
+            "tokenizer, or write another cache with `tailkd cache`"
+        )
+    if manifest.payload.usable != usable:
+        raise Refusal(
+            f"teacher.cache: {folder} is over {manifest.payload.usable:,} ids, and the student has {usable:,} of this "
+            "tokenizer; write another cache with `tailkd cache` and this student"
+        )
 
 
 def _told(recipe: Recipe, key: str) -> str:
@@ -190,6 +209,14 @@ def load_student(recipe: Recipe, teacher: Any | None, device: torch.device, fold
     if made is not None and made.freeze_embeddings:
         freeze_embeddings(model)
     return model
+
+
+def fingerprints(recipe: Recipe) -> dict[str, str]:
+    """What each teacher's weights are, by its key: the content of its files, or the commit behind a hub id."""
+    return {
+        key: load.fingerprint(key, _name(key, one), revision=one.revision, gguf_file=one.gguf_file)
+        for key, one in recipe.teachers.items()
+    }
 
 
 def content_of_run(recipe: Recipe) -> dict[str, str]:

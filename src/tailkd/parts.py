@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import xxhash
 
-from tailkd import folder, pair, selection
+from tailkd import cache, folder, pair, selection
 from tailkd.corpora import Say, counted, prepare
 from tailkd.data.batches import evaluation_batches, rows_per_rank
 from tailkd.data.mixture import AnyRows, Mixture, parts_of, row_shown
@@ -21,6 +21,7 @@ from tailkd.models import load, precision
 from tailkd.models.head import PROJECTIONS, SplitModel
 from tailkd.objective.hidden import Hidden, projections
 from tailkd.recipe import Recipe
+from tailkd.teacher.cache import CachedTeacher
 from tailkd.teacher.live import LiveTeacher, LiveTeachers, Teacher
 from tailkd.train.parallel import place_teacher, shard
 from tailkd.train.ranks import ALONE, Ranks
@@ -29,7 +30,10 @@ from tailkd.train.step import nothing_asked
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of: both models, the rows to train and to measure on."""
+    """What a run is made of: both models, the rows to train and to measure on.
+
+    teacher: with which held-out measures compare. cached: what training reads in its place, where there is a cache.
+    """
 
     recipe: Recipe
     tokenizer: Any
@@ -39,6 +43,12 @@ class Parts:
     heldout_rows: AnyRows
     hidden: Hidden | None = None
     ranks: Ranks = ALONE
+    cached: CachedTeacher | None = None
+
+    @property
+    def teaches(self) -> Teacher | CachedTeacher | None:
+        """What the student learns from."""
+        return self.teacher if self.cached is None else self.cached
 
     @property
     def fingerprint(self) -> str:
@@ -122,18 +132,20 @@ def build(
         train_rows = selection.chosen(recipe, shared, train_rows, ranks=ranks, heed=heed, say=say)
     else:
         train_rows = selection.unscored(recipe, train_rows)
+    training = student is None and (scored or recipe.data.select is None)
+    cached = cache.opened(recipe, shared, train_rows, ranks) if training else None
     teachers = {
         key: pair.load_teacher(recipe, torch.device("cpu") if one.sharded and ranks.world > 1 else device, key)
         for key, one in recipe.teachers.items()
     }
     student_model = pair.load_student(recipe, teachers.get("teacher"), device, student)
-    hidden = _hidden(recipe, student_model, teachers.get("teacher"))
+    hidden = _hidden(recipe, student_model, teachers.get("teacher"), cached)
     split = SplitModel(student_model, usable=shared.usable, compute_dtype=dtype).prove()
     if apart:
         split.prove_documents()
     split.model = shard(split.model, ranks, recipe.training.strategy)
     teacher = _teacher(recipe, teachers, shared.usable, ranks)
-    return Parts(recipe, shared.tokenizer, split, teacher, train_rows, heldout_rows, hidden, ranks)
+    return Parts(recipe, shared.tokenizer, split, teacher, train_rows, heldout_rows, hidden, ranks, cached)
 
 
 def _teacher(recipe: Recipe, models: dict[str, Any], usable: int, ranks: Ranks) -> Teacher | None:
@@ -150,12 +162,14 @@ def _teacher(recipe: Recipe, models: dict[str, Any], usable: int, ranks: Ranks) 
     return each[0] if each else None
 
 
-def _hidden(recipe: Recipe, student: Any, teacher: Any) -> Hidden | None:
+def _hidden(recipe: Recipe, student: Any, teacher: Any | None, cached: CachedTeacher | None) -> Hidden | None:
     """What is compared of the hidden states; learned projections become a part of the student's model."""
     asked = recipe.objective.hidden
     if asked is None:
         return None
-    widths = [model.config.get_text_config().hidden_size for model in (student, teacher)]
+    widths = [model.config.get_text_config().hidden_size for model in (student, teacher) if model is not None]
+    if teacher is None and cached is not None:
+        widths.append(cached.cache.payload.width)
     if asked.project:
         count = 1 if asked.pairs == "last" else len(asked.pairs)
         images = projections(widths[0], widths[1], count, seed=recipe.training.seed)

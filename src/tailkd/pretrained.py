@@ -1,6 +1,7 @@
 """The example with a really pretrained teacher: SmolLM2-135M-Instruct, prose, and students cut out of the teacher.
 
-Teacher and prose come out of packages of pip and Debian, fetched once by their ordinary clients.
+The teacher reads the prose once, and all students learn from what it wrote down. Teacher and prose come out of packages
+of pip and Debian, fetched once by their ordinary clients.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from html.parser import HTMLParser
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from tailkd import cache, recipe_file
 from tailkd.errors import Refusal
 from tailkd.models.load import check_gguf
+from tailkd.recipe_rules import CACHING
 from tailkd.report.differences import at_the_end
 from tailkd.report.groups import Group
 from tailkd.report.page import write_page
@@ -33,6 +37,7 @@ LEAST_LETTERS = 80  # of a paragraph: what is shorter is a heading or a list of 
 CUT: dict[str, Any] = {"layers": 10, "intermediate_size": 768, "embeddings": "copy", "freeze_embeddings": True}
 """A third of the teacher's layers, half of its MLP's width."""
 
+CORPUS_TOKENS = 60_000  # little more than each student learns from: the teacher reads them once, for all students
 DATA = {"context": 256}
 TRAINING = {"tokens": 50_000, "batch_size": 2, "learning_rate": 1e-3, "save_every_tokens": 12_500}
 EVALUATION = {"tokens": 6_000, "every_tokens": 25_000, "batch_size": 4}
@@ -57,7 +62,9 @@ def run(out: Path, *, fresh: bool = False) -> tuple[list[Run], Path, dict[str, A
     """
     check_gguf("teacher", TEACHER_FILE)
     teacher, corpus = teacher_folder(), corpus_of(out / "corpus.jsonl")
-    runs = [distill(student_recipe(out, corpus, teacher, name), fresh=fresh) for name in STUDENTS]
+    recipes = [student_recipe(out, corpus, teacher, name) for name in STUDENTS]
+    cache.write(recipe_file.read(recipes[0], files=CACHING), lambda line: print(line, file=sys.stderr, flush=True))
+    runs = [distill(recipe, fresh=fresh) for recipe in recipes]
     found = summary(runs)
     write_json(out / "pretrained.json", found)
     return runs, write_page(runs, out / "report.html"), found
@@ -69,9 +76,10 @@ def student_recipe(out: Path, corpus: Path, teacher: Path, name: str) -> dict[st
     return {
         "name": name,
         "out": str(out / name),
-        "teacher": {"model": str(teacher), "gguf_file": TEACHER_FILE},
+        "teacher": {"model": str(teacher), "gguf_file": TEACHER_FILE, "cache": str(out / "cache")},
         "student": {"from_teacher": {**CUT, **student.get("cut", {})}},
-        "data": {"train": {"path": str(corpus)}, "store": str(out / "tokens"), **DATA},
+        "cache": {"path": str(out / "cache"), "payload": "hidden"},
+        "data": {"train": {"path": str(corpus), "tokens": CORPUS_TOKENS}, "store": str(out / "tokens"), **DATA},
         "objective": student["objective"],
         "training": {"keep_checkpoints": 1, **TRAINING},
         "evaluate": EVALUATION,
@@ -184,8 +192,8 @@ def corpus_of(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         with temporary.open("w", encoding="utf-8") as file:
-            for package in TEXT_PACKAGES:
-                for name, text in _pages(package):
+            for pages in zip_longest(*map(_pages, TEXT_PACKAGES)):  # in turns: any part has some of each
+                for name, text in filter(None, pages):
                     file.write(json.dumps({"id": name, "text": text}) + "\n")
         temporary.replace(path)
     return path

@@ -10,7 +10,7 @@ from pydantic import Field, Tag
 
 from tailkd.recipe_data import Data
 from tailkd.recipe_generate import Generate
-from tailkd.recipe_models import Student, Teacher, Vocabulary, WeightedTeacher
+from tailkd.recipe_models import Cache, Student, Teacher, Vocabulary, WeightedTeacher
 from tailkd.recipe_track import Track
 from tailkd.recipe_types import (
     MADE_UP,
@@ -200,13 +200,21 @@ class Recipe(Section):
     """Tools that show the run while it trains."""
     generate: Generate | None = None
     """Text for the teacher to write; null for none."""
+    cache: Cache | None = None
+    """The teacher to be written down; null for none."""
 
     @property
     def teachers(self) -> dict[str, Teacher]:
-        """All teachers by their keys: ``teacher``, or ``teacher.0``, ``teacher.1`` of a list; empty without one."""
+        """All teachers that are models: ``teacher``, or ``teacher.0``, ``teacher.1`` of a list; empty without one."""
         if isinstance(self.teacher, tuple):
             return {f"teacher.{place}": one for place, one in enumerate(self.teacher)}
-        return {} if self.teacher is None else {"teacher": self.teacher}
+        return {} if self.teacher is None or self.teacher.cache_alone else {"teacher": self.teacher}
+
+    @property
+    def written_teacher(self) -> Path | None:
+        """The folder in which training reads the teacher, `teacher.cache`."""
+        path = self.teacher.cache if isinstance(self.teacher, Teacher) else None
+        return None if path is None else Path(path).expanduser()
 
     @property
     def one_teacher(self) -> Teacher | None:
@@ -268,6 +276,7 @@ COSMETIC = (
     "hardware.",
     "track.",
     "generate",
+    "cache",
 )
 """Keys that change nothing of what is trained."""
 

@@ -29,11 +29,32 @@ class Teacher(Model):
     """Precision of the teacher's weights; auto is that of the run's products."""
     sharded: bool = False
     """On many processes: its weights split among them, instead of a copy in each."""
+    cache: str | None = None
+    """Folder that `tailkd cache` wrote: training reads the teacher there. `model` beside it is for evaluation."""
+
+    @property
+    def cache_alone(self) -> bool:
+        """Whether there is a cache and no model to load."""
+        return self.cache is not None and self.model is None and self.config is None
 
 
 class WeightedTeacher(Teacher):
     weight: Positive = 1.0
     """Its share in the mixture of the teachers' distributions, relative to the others'."""
+
+
+class Cache(Section):
+    """The teacher written down once by `tailkd cache`, to be read by any number of runs as `teacher.cache`."""
+
+    path: str
+    """Folder to write to."""
+    payload: Literal["tail", "dense", "hidden"] = "tail"
+    """tail: likeliest ids and draws from the rest; dense: all log-probabilities (small vocabularies); hidden: the last
+    hidden states."""
+    top_k: Count = 10
+    """Ids kept with their own probability (tail)."""
+    tail_samples: Count = 32
+    """Ids drawn from the rest (tail)."""
 
 
 class FromTeacher(Section):

@@ -25,21 +25,25 @@ def _unread_keys(recipe: Recipe) -> Problems:
 
 
 def _teacher_needed(recipe: Recipe) -> Problems:
+    written = recipe.written_teacher is not None
     if recipe.teachers:
         return []
-    if recipe.teacher is not None:
+    if recipe.teacher is not None and not written:
         return [("teacher", "is an empty list; give one teacher or several, or null with divergence none")]
     problems = []
-    if recipe.objective.divergence != "none":
+    if recipe.objective.divergence != "none" and not written:
         message = f"divergence {recipe.objective.divergence!r} needs a teacher; null goes with 'none' alone"
         problems.append(("teacher", message))
     for key, asked in (
         ("student.from_teacher", recipe.student.from_teacher),
-        ("vocabulary.fold", recipe.vocabulary.fold),
-        ("objective.hidden", recipe.objective.hidden),
+        ("vocabulary.fold", not written and recipe.vocabulary.fold),
+        ("objective.hidden", not written and recipe.objective.hidden),
         ("data.select", recipe.data.select),
+        ("cache", not written and recipe.cache),
     ):
-        if asked:
+        if asked and written:
+            problems.append((key, "needs the teacher itself; give teacher.model beside teacher.cache, or remove this"))
+        elif asked:
             problems.append((key, "needs a teacher, which is null; give one, or remove this"))
     return problems
 
@@ -83,6 +87,26 @@ def _alternatives(recipe: Recipe) -> Problems:
     problems += _one_of("student", starts)
     for key, teacher in recipe.teachers.items():
         problems += _one_of(key, {"model": teacher.model, "config": teacher.config})
+    return problems
+
+
+def _written_teacher(recipe: Recipe) -> Problems:
+    """What goes with `cache` and `teacher.cache`."""
+    several, asked, written = len(recipe.teachers) > 1, recipe.cache, recipe.written_teacher is not None
+    hidden, problems = recipe.objective.hidden, []
+    if isinstance(recipe.teacher, tuple):
+        told = (
+            "is that of a teacher alone; write the mixture down with `tailkd cache`, then give teacher: {cache: PATH}"
+        )
+        problems += [(f"{key}.cache", told) for key, one in recipe.teachers.items() if one.cache is not None]
+    if several and asked is not None and asked.payload == "hidden":
+        problems.append(("cache.payload", "hidden is that of one teacher, and several are given; take tail or dense"))
+    if asked is not None and asked.payload != "tail":
+        keys = [key for key in ("top_k", "tail_samples") if key in asked.model_fields_set]
+        message = f"has no meaning for payload {asked.payload!r}, only for tail; remove it"
+        problems += [(f"cache.{key}", message) for key in keys]
+    if written and hidden is not None and hidden.pairs != "last":
+        problems.append(("objective.hidden.pairs", "a cache has the last hidden states alone; take 'last'"))
     return problems
 
 
@@ -196,7 +220,8 @@ def _generate(recipe: Recipe) -> Problems:
     several = asked.prompts is None and len(sources) > 1
     found = {
         "generate.prompts": several and f"is needed where data.train names several sources; it names {len(sources)}",
-        "generate": recipe.teacher is None and "needs a teacher, which is null; give one, or remove this",
+        "generate": not recipe.teachers
+        and "needs a teacher, which is null or a cache alone; give teacher.model, or remove this",
         "generate.out": read == asked.out
         and f"{read!r} is also what prompts are taken of; give the corpus as generate.prompts",
         "generate.prefix_tokens": asked.prompts is None
@@ -282,6 +307,13 @@ def _configs(recipe: Recipe) -> Problems:
     ]
 
 
+def _cache(recipe: Recipe) -> Problems:
+    folder = recipe.written_teacher
+    if folder is None or (folder / "manifest.json").is_file():
+        return []
+    return [("teacher.cache", f"no cache in {str(folder)!r}; `tailkd cache` with cache.path={folder} writes one")]
+
+
 def _first_stage(recipe: Recipe) -> Problems:
     asked = recipe.student.run
     if asked is None:
@@ -330,6 +362,7 @@ RULES = (
     _teacher_needed,
     _several_teachers,
     _alternatives,
+    _written_teacher,
     _forms,
     _mixture,
     _hours,
@@ -342,8 +375,11 @@ RULES = (
 )
 """What can be said of a recipe by itself."""
 
-FILES = (_corpora, _model_folders, _configs, _first_stage)
-"""What a run needs on this machine."""
+CACHING = (_corpora, _model_folders, _configs, _first_stage)
+"""What a cache needs to be written on this machine."""
+
+FILES = (*CACHING, _cache)
+"""What a run needs."""
 
 WRITING = (_prompts, _model_folders, _configs)
 """What its text needs to be written."""

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from tailkd import ending, folder, recipe_file
+from tailkd import cache, ending, folder, recipe_file
 from tailkd.bill import best_speed, operations
 from tailkd.corpora import settled
 from tailkd.data.batches import Batches
@@ -111,7 +111,7 @@ def _train(
     )
     checkpoints = Checkpoints(
         run.folder / "checkpoints",
-        identity=masked({**recipe.identity(), "data (content)": parts.fingerprint, **content_of_run(recipe)}),
+        identity=_identity(parts),
         optimiser=recipe.optimiser(),
         keep=training.keep_checkpoints,
         allow_change=allow_change,
@@ -163,7 +163,7 @@ def _step(parts: Parts, optimizer: Any, stop: StopRequest, say: Say) -> Step:
     training = parts.recipe.training
     return Step(
         parts.student,
-        parts.teacher,
+        parts.teaches,
         Objective(**parts.recipe.objective.settings()),
         optimizer,
         micro_batch_size=training.micro_batch_size,
@@ -174,6 +174,13 @@ def _step(parts: Parts, optimizer: Any, stop: StopRequest, say: Say) -> Step:
         say=say,
         hidden=parts.hidden,
     )
+
+
+def _identity(parts: Parts) -> dict[str, Any]:
+    """What a resumed run must share with the one that it goes on with: the recipe, and the content that it names."""
+    recipe = parts.recipe
+    made_of = {"data (content)": parts.fingerprint, **content_of_run(recipe), **cache.content(recipe)}
+    return masked({**recipe.identity(), **made_of})
 
 
 @contextmanager

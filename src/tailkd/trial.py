@@ -101,7 +101,7 @@ def _timed_steps(parts: Parts, say: Say) -> tuple[float, int]:
     )
     step = Step(
         student,
-        parts.teacher,
+        parts.teaches,
         Objective(**parts.recipe.objective.settings()),
         optimizer,
         micro_batch_size=training.micro_batch_size,

@@ -47,6 +47,37 @@ def score(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def cache(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read all that is written and compare checksums.")] = False,
+    json_: Json = False,
+) -> None:
+    """Write the teacher down for every training row (`cache.path`), for any number of runs with `teacher.cache`.
+
+    The same command goes on after an interruption. Exit codes: 0 done, 2 refused, 75 stopped, 78 data or disk.
+    """
+    from tailkd import recipe_file
+    from tailkd.recipe_rules import CACHING
+
+    checked = recipe_file.read(recipe, recipe_file.parse_overrides(overrides or []), files=() if verify else CACHING)
+    from tailkd import cache as caching
+    from tailkd import run as way
+
+    quiet()
+    found = (
+        caching.verify(checked)
+        if verify
+        else caching.write(checked, lambda message: print(message, file=sys.stderr, flush=True))
+    )
+    told = {what: found.total(what) for what in ("rows", "positions", "bytes")} | {"shards": len(found.shards)}
+    if not way.leads():
+        return
+    line = f"{told['rows']:,} rows, {told['positions']:,} tokens, {told['bytes']:,} bytes in {told['shards']:,} shards"
+    print(json.dumps(told, indent=1) if json_ else line + (", all as written" if verify else ""))
+
+
+@app.command()
 def generate(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE|RUN", help="Recipe file, or with --prompt a run folder.")],
     overrides: Overrides = None,

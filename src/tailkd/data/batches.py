@@ -31,6 +31,7 @@ class Batch:
     then has a number for each of them (and one for what is left of a row); it stays on the host.
     reference: float32 (batch, context), losses of a reference model: of each row's positions the `learned` share that
     the student exceeds most is trained on.
+    keys: of each row, see `tailkd.data.packing.Row.key`.
     """
 
     input_ids: Tensor
@@ -44,6 +45,7 @@ class Batch:
     position_ids: Tensor | None = None
     reference: Tensor | None = None
     learned: float = 1.0
+    keys: tuple[bytes, ...] = ()
 
     @property
     def sequences(self) -> Tensor | None:
@@ -76,7 +78,8 @@ class Batch:
     def _rows(self, part: slice) -> Batch:
         position_ids = None if self.position_ids is None else self.position_ids[part]
         rows = _batch(self.input_ids[part], self.labels[part], self.segments[part], self.samples[part], position_ids)
-        return rows if self.reference is None else replace(rows, reference=self.reference[part], learned=self.learned)
+        reference = None if self.reference is None else self.reference[part]
+        return replace(rows, reference=reference, learned=self.learned, keys=self.keys[part])
 
     def to(self, device: torch.device) -> Batch:
         """The same with what models and losses read on a device."""
@@ -115,6 +118,7 @@ def collate(rows: Sequence[Row], samples: Sequence[int]) -> Batch:
         tuple(samples),
         stacked(positions) if positions else None,
     )
+    batch = replace(batch, keys=tuple(row.key for row in rows))
     references = [row.reference for row in rows if row.reference is not None]
     return replace(batch, reference=stacked(references), learned=rows[0].learned) if references else batch
 

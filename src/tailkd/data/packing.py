@@ -29,6 +29,16 @@ class Row:
     reference: np.ndarray | None = None
     learned: float = 1.0
 
+    @property
+    def key(self) -> bytes:
+        """16 bytes, a hash of what a model's outputs depend on, ids and positions, and of where labels are."""
+        digest = xxhash.xxh3_128(len(self.input_ids).to_bytes(8, "little"))
+        digest.update(self.input_ids.astype("<i8", copy=False).tobytes())
+        digest.update(np.packbits(self.labels != IGNORED).tobytes())
+        if self.positions is not None:
+            digest.update(self.positions.astype("<i8", copy=False).tobytes())
+        return digest.digest()
+
 
 class Rows:
     """Chosen documents of a store as one run of tokens, cut into rows of `context` positions.

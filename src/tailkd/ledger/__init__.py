@@ -1,6 +1,7 @@
 """What a run costs before it is run: parameters, floating-point operations, memory, disk, hours, money."""
 
 from tailkd.ledger.bill import Bill, Generation, Hardware, Selection, Stages, Student, Teachers, Training, bill, stages
+from tailkd.ledger.cache import Cache, cache
 from tailkd.ledger.flops import PAPER
 from tailkd.ledger.memory import Memory, Teacher, memory
 from tailkd.ledger.parameters import Parameters, count
@@ -10,6 +11,7 @@ __all__ = [
     "PAPER",
     "Batch",
     "Bill",
+    "Cache",
     "Generation",
     "Hardware",
     "Memory",
@@ -21,6 +23,7 @@ __all__ = [
     "Teachers",
     "Training",
     "bill",
+    "cache",
     "count",
     "memory",
     "stages",

@@ -9,6 +9,7 @@ from typing import Any
 from tailkd.errors import Refusal
 from tailkd.ledger import flops
 from tailkd.ledger.anatomy import Anatomy, dissect
+from tailkd.ledger.cache import Cache
 from tailkd.ledger.flops import PAPER, Convention
 from tailkd.ledger.memory import Memory, Teacher, disk, memory
 from tailkd.ledger.parameters import Parameters, count
@@ -103,7 +104,8 @@ class Stages:
 class Bill:
     """What a run costs; `pflop_per_million_tokens` is in the paper's convention, `executed` is what will run.
 
-    teacher: of the one; of several where a list of teachers was given.
+    teacher: of the one; of several where a list of teachers was given. cache: of writing the teacher down, which is
+    paid once and is in no other figure.
     """
 
     student: Parameters
@@ -114,6 +116,7 @@ class Bill:
     disk_bytes: int
     hours: float | None
     money: float | None = None
+    cache: Cache | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The tree with plain numbers, for JSON; `money` where a price was given, `teacher` where there is one."""
@@ -130,6 +133,7 @@ class Bill:
             "disk_bytes": self.disk_bytes,
             "hours": self.hours,
             **({} if self.money is None else {"money": self.money}),
+            **({} if self.cache is None else {"cache": self.cache.as_dict()}),
         }
 
 

@@ -17,11 +17,19 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "objective", "teach
 
 @dataclass(frozen=True)
 class Teacher:
-    """config: of transformers. dtype: of its weights, None for that of the products. signal: one of `flops.SIGNALS`."""
+    """config: of transformers. dtype: of its weights, None for that of the products. signal: one of `flops.SIGNALS`.
+
+    beside_cache: it is loaded for held-out evaluation, whatever training reads.
+    """
 
     config: Any
     dtype: torch.dtype | None = None
     signal: str = "live"
+    beside_cache: bool = False
+
+    @property
+    def loaded(self) -> bool:
+        return self.beside_cache or self.signal in ("live", "none")
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ def memory(
     Args:
         moment_bytes: of the optimizer's state per trained parameter; 8 for AdamW in float32, 2 in 8 bits.
     """
-    loaded = [(t.config, t.dtype or batch.compute, t.signal) for t in teachers if t.signal in ("live", "none")]
+    loaded = [(t.config, t.dtype or batch.compute, t.signal) for t in teachers if t.loaded]
     live = tuple((config, dtype) for config, dtype, signal in loaded if signal == "live")
     peaks = rehearse(Players(student, live, frozen_embeddings), batch)
     found = count(student, frozen_embeddings=frozen_embeddings)

@@ -45,7 +45,7 @@ class Run:
         if not found:
             return "no teacher"
         if isinstance(found, dict):
-            return str(found["model"])
+            return str(found["model"] or f"the cache {found['cache']}")
         total = sum(one["weight"] for one in found)
         shares = (f"{100 * one['weight'] / total:.3g} % {one['model']}" for one in found)
         return f"the mixture of {' and '.join(shares)}"

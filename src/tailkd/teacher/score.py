@@ -7,17 +7,14 @@ nothing but the rows, so that kills and the number of processes change no bit.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -25,12 +22,12 @@ import xxhash
 from tailkd.data.files import file_hash
 from tailkd.data.packing import Row, Rows
 from tailkd.errors import DataError, Refusal
-from tailkd.fault import at
+from tailkd.teacher.chunks import Ranks, alone, remove_temporary, shared_out, write_whole
 
 FORMAT = 1
 CHUNK_ROWS = 256
 INSTANCES = 64  # rows whose ids both scorings of a pair must have read
-SCORES, MANIFEST, CHUNKS, LOCK = "scores.bin", "manifest.json", "chunks", "lock"
+SCORES, MANIFEST, CHUNKS = "scores.bin", "manifest.json", "chunks"
 PER_ROW = np.dtype([("nll", "<f8"), ("weight", "<i8")])
 """nll: sum over the row, nats. weight: what its mean divides by, tokens or UTF-8 bytes."""
 PER_TOKEN = np.dtype("<f4")
@@ -38,20 +35,6 @@ PER_TOKEN = np.dtype("<f4")
 _DIGEST = 16  # bytes of a chunk's own hash at its end
 
 Read = Callable[[Sequence[Row]], np.ndarray]
-T = TypeVar("T")
-
-
-class Ranks(Protocol):
-    """The processes of a run, as `tailkd.train.ranks.Ranks` tells of them."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def world(self) -> int: ...
-    @property
-    def leads(self) -> bool: ...
-    def gathered(self, value: T) -> list[T]: ...
-    def wait(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -122,16 +105,17 @@ def score(
         DataError: the disk does not take them, or ranks do not share it.
     """
     try:
-        with _alone(scoring.folder, say) if ranks.leads else _nothing():
+        with alone(scoring.folder, "scores", say) if ranks.leads else nullcontext():
             missing = ranks.gathered(_missing(scoring) if ranks.leads else [])[0]
             if missing:
                 read = reader()
-                for start in range(0, len(missing), ranks.world):
-                    heed()
-                    own = missing[start + ranks.rank : start + ranks.rank + 1]
-                    for number in own:
-                        _write_chunk(scoring, number, read, batch_size)
-                    say(f"scores: {min(start + ranks.world, len(missing)):,} of {len(missing):,} chunks of rows")
+                shared_out(
+                    missing,
+                    lambda number: _write_chunk(scoring, number, read, batch_size),
+                    ranks=ranks,
+                    heed=heed,
+                    made=lambda count: say(f"scores: {count:,} of {len(missing):,} chunks of rows"),
+                )
             ranks.wait()
             if ranks.leads and not scoring.finished:
                 _assemble(scoring)
@@ -157,8 +141,7 @@ def _chunk(scoring: Scoring, number: int) -> Path:
 
 def _missing(scoring: Scoring) -> list[int]:
     """The chunks that are to be read, after what a dead scoring left is gone."""
-    for left in scoring.folder.rglob(".tmp-*"):
-        left.unlink()
+    remove_temporary(scoring.folder)
     if scoring.finished:
         shutil.rmtree(scoring.folder / CHUNKS, ignore_errors=True)
         return []
@@ -173,7 +156,7 @@ def _write_chunk(scoring: Scoring, number: int, read: Read, batch_size: int) -> 
         for start in range(0, len(rows), batch_size)
     ]
     content = np.concatenate(parts).astype(PER_TOKEN if scoring.per_token else PER_ROW, copy=False).tobytes()
-    _write(_chunk(scoring, number), [content, xxhash.xxh3_128_digest(content)])
+    write_whole(_chunk(scoring, number), [content, xxhash.xxh3_128_digest(content)], point="chunk")
 
 
 def _whole(path: Path) -> bytes | None:
@@ -200,7 +183,7 @@ def _assemble(scoring: Scoring) -> None:
             digest.update(content)
             yield content
 
-    _write(scoring.folder / SCORES, pieces())
+    write_whole(scoring.folder / SCORES, pieces(), point="scores")
     manifest = {
         "format": FORMAT,
         "made_of": scoring.made_of,
@@ -208,41 +191,5 @@ def _assemble(scoring: Scoring) -> None:
         "instances": scoring.instances,
         "xxh3_128": digest.hexdigest(),
     }
-    _write(scoring.folder / MANIFEST, [json.dumps(manifest, indent=1).encode()])
+    write_whole(scoring.folder / MANIFEST, [json.dumps(manifest, indent=1).encode()], point="manifest")
     shutil.rmtree(scoring.folder / CHUNKS)
-
-
-def _write(path: Path, pieces: Iterator[bytes] | list[bytes]) -> None:
-    """A file under a name of its own, on the disk, and only then under its name."""
-    temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
-    kind = path.stem if path.parent.name != CHUNKS else "chunk"
-    try:
-        with temporary.open("xb") as file:
-            for piece in pieces:
-                file.write(piece)
-                at(f"{kind}:middle")
-            file.flush()
-            os.fsync(file.fileno())
-        at(f"{kind}:before")
-        temporary.replace(path)
-        at(f"{kind}:after")
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _alone(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Wait until no other run scores the same; one that died holds no lock."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"scores: another process makes the same ones in {folder}; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

@@ -14,7 +14,7 @@ from tailkd.data.packing import IGNORED
 from tailkd.data.select import excess_weights
 from tailkd.errors import OutOfMemory
 from tailkd.models.head import PROJECTIONS, SplitModel, whole
-from tailkd.objective import Dense, Head, Objective, Tally, distillation_loss
+from tailkd.objective import Cached, Dense, Head, Objective, Tally, distillation_loss
 from tailkd.objective.chunked import cross_entropies
 from tailkd.objective.hidden import Hidden, hidden_loss
 from tailkd.objective.layout import Layout, with_sequences
@@ -22,14 +22,15 @@ from tailkd.objective.tally import add
 from tailkd.train.parallel import clip_gradients, without_sync
 from tailkd.train.ranks import ALONE, Ranks
 
-Teacher = Callable[[Batch], Head | Dense]
+Signal = Cached | Dense | Head
+Teacher = Callable[[Batch], Signal]
 
 
 @runtime_checkable
 class ShowsStates(Protocol):
     """A teacher that shows its hidden states too."""
 
-    def with_states(self, batch: Batch, states: tuple[int, ...]) -> tuple[Head | Dense, tuple[Tensor, ...]]: ...
+    def with_states(self, batch: Batch, states: tuple[int, ...]) -> tuple[Signal, tuple[Tensor, ...]]: ...
 
 
 NOT_FINITE = ("teacher's hidden states", "loss", "gradient norm")
@@ -55,17 +56,18 @@ class _Watched:
     teacher: Teacher | None
     bad: Tensor
 
-    def __call__(self, batch: Batch) -> Head | Dense:
+    def __call__(self, batch: Batch) -> Signal:
         assert self.teacher is not None
         return self._seen(self.teacher(batch))
 
-    def with_states(self, batch: Batch, states: tuple[int, ...]) -> tuple[Head | Dense, tuple[Tensor, ...]]:
+    def with_states(self, batch: Batch, states: tuple[int, ...]) -> tuple[Signal, tuple[Tensor, ...]]:
         assert isinstance(self.teacher, ShowsStates)
         signal, found = self.teacher.with_states(batch, states)
         return self._seen(signal), found
 
-    def _seen(self, signal: Head | Dense) -> Head | Dense:
-        self.bad = self.bad | ~torch.isfinite(signal.hidden).all()
+    def _seen(self, signal: Signal) -> Signal:
+        numbers = signal.head_log_probabilities if isinstance(signal, Cached) else signal.hidden
+        self.bad = self.bad | ~torch.isfinite(numbers).all()
         return signal
 
 
