@@ -128,7 +128,7 @@ def _models(run: Run) -> list[dict[str, str]]:
 
 def _parameters(run: Run, role: str) -> str:
     found, (side, _, place) = run.bill, role.partition(".")
-    if found is None:
+    if found is None or side not in found["parameters"]:  # read from its cache alone
         return "–"
     counted = found["parameters"][side]
     return f"{(counted[int(place)] if place else counted)['total']:,}"

@@ -35,8 +35,10 @@ def origins(recipe: dict[str, Any], *, fetch: bool = False) -> dict[str, Any]:
     train = data["train"] if isinstance(data["train"], list) else [data["train"]]
     models = {
         role: _model(one["model"], one.get("revision"), one.get("gguf_file"), fetch)
-        for role, one in roles.items()
         if one.get("model")
+        else _local(one["cache"])
+        for role, one in roles.items()
+        if one.get("model") or one.get("cache")
     }
     return {"models": models, "data": [_corpus(one, fetch) for one in train]}
 
