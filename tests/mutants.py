@@ -29,6 +29,27 @@ class Mutant(NamedTuple):
 
 MUTANTS = (
     Mutant(
+        "the trainer learns to predict padding",
+        "adapters/transformers.py",
+        '_without(inputs["labels"], padding)[:, 1:]',
+        'inputs["labels"][:, 1:]',
+        "tests/adapters/test_reading.py",
+    ),
+    Mutant(
+        "a mask of all ones lets documents see each other",
+        "adapters/transformers.py",
+        "(positions[:, 1:] == 0) & (mask[:, :-1] != 0)",
+        "(positions[:, 1:] == 0) & (mask[:, :-1] == 0)",
+        "tests/adapters/test_reading.py",
+    ),
+    Mutant(
+        "labels that PEFT names go into the backbone",
+        "models/head.py",
+        "for name, value in inputs.items() if value is not None}",
+        "for name, value in inputs.items()}",
+        "tests/adapters/test_reading.py",
+    ),
+    Mutant(
         "a folder's path is told to the hub",
         "report/origins.py",
         "    if loaded is None:\n        return _local(name)\n    commit = loaded.parent.name\n",

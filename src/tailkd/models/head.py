@@ -27,7 +27,8 @@ class SplitModel:
     Products run in `compute_dtype` over the model's own parameters, and hidden states come out in it. Deliberately no
     nn.Module: a teacher inside must stay outside every module tree. The model may be compiled, sharded by FSDP2
     (`fully_shard` of the blocks and then of the model) or wrapped for DDP, before this is made or after
-    (``split.model = DistributedDataParallel(split.model)``); `plain` is the model without wrappers.
+    (``split.model = DistributedDataParallel(split.model)``), or carry adapters of PEFT; `plain` is the model without
+    wrappers. What else the model's forward pass takes, such as `attention_mask`, goes to it by name.
 
     `position_ids` (batch, sequence) that start anew within a row are several documents in it: transformers makes masks
     of them that keep attention inside each; `prove_documents` looks whether a model heeds them.
@@ -40,8 +41,8 @@ class SplitModel:
         self.scale, self.softcap = _scale(self.plain.config), _first(self.plain.config, SOFTCAPS)
         self.usable = self.projection.weight.shape[0] if usable is None else usable
 
-    def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Head:
-        return self._head(self._hidden_states(input_ids, position_ids))
+    def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None, **context: Any) -> Head:
+        return self._head(self._hidden_states(input_ids, position_ids, **context))
 
     def with_states(
         self, input_ids: Tensor, states: Sequence[int], position_ids: Tensor | None = None
@@ -90,6 +91,8 @@ class SplitModel:
                 return self.model(**inputs)
 
     def _backbone_forward(self, **inputs: Any) -> Any:
+        # A wrapper of PEFT names all that a causal model takes, labels too, as None.
+        inputs = {name: value for name, value in inputs.items() if value is not None}
         outputs = self.backbone(**inputs)
         if "output_hidden_states" not in inputs:
             return outputs.last_hidden_state
@@ -152,14 +155,26 @@ class SplitModel:
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside the wrappers of torch.compile and DistributedDataParallel; any other is itself."""
+    """The model inside the wrappers of torch.compile, DistributedDataParallel and PEFT; any other is itself."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            model = _inside_adapters(model)
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod
         else:
             return model
+
+
+def _inside_adapters(model: Any) -> Any:
+    """A model whose layers carry adapters; prompts in front of the tokens would be hidden states of no token."""
+    if model.active_peft_config.is_prompt_learning:
+        raise Refusal(
+            f"{type(model).__name__} puts learned prompts ({model.active_peft_config.peft_type.value}) before the "
+            "tokens; expected adapters inside the layers, such as LoRA"
+        )
+    return model.get_base_model()
 
 
 def whole(parameter: Any) -> Any:
