@@ -190,7 +190,8 @@ def test_a_server_that_stays_broken_ends_it_and_the_same_command_goes_on(
         broken = False
         seen = len(stub.bodies)
         lines = write(writing, server=asked)
-        assert len(stub.bodies) - seen == 20 - begun.count(b"\n")
+        # What was tried again when the first command ended may come late; it is of lines that are missing.
+        assert len({body["prompt"] for body in stub.bodies[seen:]}) == 20 - begun.count(b"\n")
         whole = write(writing, server=asked, out=str(tmp_path / "whole.jsonl"))
     assert lines == whole
     assert Path(writing["generate"]["out"]).read_bytes().startswith(begun)
