@@ -47,6 +47,10 @@ format: $(VENV)/dev.stamp
 bench: $(VENV)/bench.stamp  ## measured rows into benchmarks/results
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/objective.py --dtype float32
+	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/step.py --rivals
+	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/step.py --rivals --dtype bfloat16
+	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/heldout.py
+	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/growth.py
 
 bench-data: $(VENV)/bench.stamp  ## preparing 1 GB of text: throughput, memory, a kill; DATA_BYTES=1e8 makes less
 	$(BIN)/python benchmarks/data.py --bytes $(or $(DATA_BYTES),1e9)

@@ -83,7 +83,7 @@ def texts_of(path: Path) -> Iterator[str]:
             yield json.loads(line)["text"]
 
 
-def write_tokenizer(folder: Path, corpus: Path) -> None:
+def write_tokenizer(folder: Path, corpus: Path, vocabulary: int = VOCABULARY) -> None:
     from itertools import islice
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -94,7 +94,7 @@ def write_tokenizer(folder: Path, corpus: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocabulary, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(islice(texts_of(corpus), 2_000), trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)

@@ -11,7 +11,6 @@ import argparse
 import datetime
 import importlib.metadata
 import json
-import os
 import platform
 import random
 import shutil
@@ -23,6 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import memory_peak
 import rivals
 import torch
 from rivals import BOUND, EAGER, NAMES, OURS, RIVALS, SHAPES, Case, Competitor
@@ -59,11 +59,6 @@ def fitted(one: Competitor, case: Case) -> tuple[Case, int]:
     return case.cut(1), case.labels.shape[0]
 
 
-def cpu_peak() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
-
-
 def peak_growth(one: Competitor, case: Case) -> int:
     """Bytes above the inputs at the peak of a step, gradients included; the step has run once before."""
     case, scale = fitted(one, case)
@@ -75,10 +70,7 @@ def peak_growth(one: Competitor, case: Case) -> int:
         one.step(case)
         grown = torch.cuda.max_memory_allocated() - before
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-        before = cpu_peak()
-        one.step(case)
-        grown = cpu_peak() - before
+        grown = memory_peak.growth(lambda: one.step(case))
     case.clear()
     fixed = case.weight.numel() * case.weight.element_size()  # the matrix's gradient does not grow with the rows
     return grown if scale == 1 else fixed + scale * max(grown - fixed, 0)
@@ -86,14 +78,8 @@ def peak_growth(one: Competitor, case: Case) -> int:
 
 def peak_in_process(name: str, shape: str, dtype: str) -> int | None:
     """`peak_growth` on a CPU, in a fresh process."""
-    # A fixed threshold: glibc otherwise learns to keep large freed blocks, and peaks would depend on chance.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--memory-of", name, "--shape", shape, "--dtype", dtype, "--force"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        print(f"no memory figure for {name}: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
-        return None
-    return int(done.stdout.split()[-1])
+    words = ["--memory-of", name, "--shape", shape, "--dtype", dtype, "--force"]
+    return memory_peak.in_process(__file__, words)
 
 
 # ----- errors and times

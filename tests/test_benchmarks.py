@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -132,12 +133,13 @@ def test_a_whole_step_beside_its_floor(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(step, "RESULTS", tmp_path / "step.jsonl")
     monkeypatch.setattr(step, "PAGE", tmp_path / "page.md")
     step.PAGE.write_text("before\n" + "\n".join(step.MARKS) + "\nafter\n")
-    step.MATRIX["cpu"] = 64
+    monkeypatch.setattr(step.memory_peak, "in_process", lambda script, words: 7_000_000)
     options = ["--shape", "tiny", "--repeats", "1", "--checkpointing", "--out", str(step.RESULTS)]
     step.main([*options, "--profile", str(tmp_path / "profile.txt")])
     rows = [json.loads(line) for line in step.RESULTS.read_text().splitlines()]
-    assert [row["what"] for row in rows] == ["floor", "tailkd tail_aware", "tailkd forward_kl"]
-    assert all(row["tokens_per_second"] > 0 and row["utilisation"] > 0 for row in rows)
+    assert [row["what"] for row in rows] == ["floor", "tailkd tail_aware", "tailkd forward_kl", "tailkd none"]
+    assert all(row["processor_ratio"] > 0 and row["grown_bytes"] == 7_000_000 for row in rows)
+    assert all(row["tokens_per_second"] > 0 for row in rows)
     assert "aten::" in (tmp_path / "profile.txt").read_text()
     step.main(["--table"])
     page = step.PAGE.read_text()
@@ -145,6 +147,119 @@ def test_a_whole_step_beside_its_floor(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert page.endswith("after\n")
     assert "| tailkd tail_aware |" in page
     assert "activations checkpointed" in page
+
+
+def tiny(module: ModuleType) -> Any:
+    options = {"shape": "tiny", "dtype": "float32", "rows": None, "compile": False, "checkpointing": False}
+    return module.Bench(argparse.Namespace(**options))
+
+
+@pytest.mark.parametrize("name", ["Trainer, eager KL", pytest.param("TRL GKD", marks=pytest.mark.slow)])
+def test_a_trainer_takes_a_step_when_it_is_asked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate" if "Trainer" in name else "trl")
+    step = loaded(SCRIPT.with_name("step.py"), monkeypatch)
+    bench = tiny(step)
+    competitors = step.Competitors(bench, ["floor", name])  # its loss is ours
+    assert not competitors.missing
+    mine, rival = bench.student.plain.lm_head.weight, competitors.trainers[0]
+    first = mine.detach().clone()
+    competitors.steps[name]()
+    assert torch.equal(mine, first)  # it has a student of its own
+    competitors.steps[name]()
+    assert rival.trainer.state.global_step == 2
+    assert 0 < (rival.trainer.model.lm_head.weight - first).abs().max() < 1e-3
+    competitors.close()
+    assert not rival.thread.is_alive()
+
+
+def test_a_rival_that_cannot_run_is_named_and_one_that_fails_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = loaded(SCRIPT.with_name("step.py"), monkeypatch)
+
+    class Broken:
+        add_callback = staticmethod(lambda callback: None)
+
+        def train(self) -> None:
+            raise ValueError("no memory")
+
+    def missing(*_: Any) -> Any:
+        raise ImportError("no module named trl")
+
+    with pytest.raises(ValueError, match="no memory"):
+        step.trainers.StepByStep(Broken()).step()
+    monkeypatch.setitem(step.trainers.RIVALS, "TRL GKD", missing)
+    assert step.Competitors(tiny(step), ["TRL GKD"]).missing == {"TRL GKD": "ImportError: no module named trl"}
+    with pytest.raises(AssertionError, match=r"computes a loss of 1\.1, expected 1"):
+        step.assert_same("it", 1.1, 1.0, torch.float32)
+
+
+def test_turns_are_held_against_those_of_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = loaded(SCRIPT.with_name("turns.py"), monkeypatch)
+    asked: list[str] = []
+    times = turns.taken({name: lambda name=name: asked.append(name) for name in "abc"}, 9)
+    assert {name: len(found) for name, found in times.items()} == dict.fromkeys("abc", 9)
+    assert len({tuple(asked[at : at + 3]) for at in range(0, 27, 3)}) > 1  # another order in another round
+    drifting = {"ours": [(2.0, 1.1), (20.0, 1.2), (200.0, 1.3)], "floor": [(1.0, 1.0), (10.0, 1.0), (100.0, 1.0)]}
+    assert turns.ratios(drifting, "ours", "floor") == {"ratio": 2.0, "processor_ratio": 1.2}
+
+
+def test_held_out_evaluation_beside_its_forwards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    heldout = loaded(SCRIPT.with_name("heldout.py"), monkeypatch)
+    words = ["--shape", "tiny", "--tokens", "100", "--repeats", "1", "--out", str(tmp_path / "rows.jsonl")]
+    heldout.main(words)
+    found = json.loads((tmp_path / "rows.jsonl").read_text())
+    assert found["tokens"] == 128  # whole rows
+    assert found["ratio"] > 0
+    monkeypatch.setattr(heldout, "expected", lambda bench, batches: 99.0)
+    with pytest.raises(AssertionError, match="evaluation computes a loss of"):
+        heldout.main(words)
+
+
+def test_the_start_is_held_against_what_it_cannot_do_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    startup = loaded(SCRIPT.with_name("startup.py"), monkeypatch)
+    names = ["tailkd --help", startup.LOADING, startup.FIRST_STEP]
+    quick = {name: ([sys.executable, "-c", "pass"], 0) for name in names}
+    monkeypatch.setattr(startup, "commands", lambda folder, shape: quick)
+    startup.main(["--repeats", "1", "--out", str(tmp_path / "rows.jsonl")])
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [one["what"] for one in rows] == names
+    assert rows[-1]["ratio"] > 0
+    late = [{"what": names[0], "p50_s": 0.71}, {"what": names[2], "p50_s": 9.0, "ratio": 1.31, "processor_ratio": 1.31}]
+    assert startup.missed(late) == [names[0], names[2]]
+    assert startup.missed([one | {"p50_s": 0.1} | ({"ratio": 1.29} if "ratio" in one else {}) for one in late]) == []
+    with pytest.raises(AssertionError):
+        startup.seconds([sys.executable, "-c", "raise SystemExit(3)"], 0)
+
+
+@pytest.mark.slow
+def test_the_start_of_a_real_run_ends_at_its_first_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    startup = loaded(SCRIPT.with_name("startup.py"), monkeypatch)
+    monkeypatch.setenv("TAILKD_CACHE", str(tmp_path))  # and set back
+    command, expected = startup.commands(tmp_path, "tiny")[startup.FIRST_STEP]
+    startup.seconds(command, expected)
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert kinds == ["header", "evaluation", "evaluation"]
+
+
+def test_cost_of_larger_corpora_and_of_longer_runs(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    growth = loaded(SCRIPT.with_name("growth.py"), monkeypatch)
+    rows = growth.corpus_rows(tiny(growth.whole_step), tmp_path, (20_000, 60_000), 1)
+    assert [one["prepared_tokens"] for one in rows] == [20_000, 60_000]
+    assert all(0 < one["batch_s"] < one["step_s"] for one in rows)
+
+    def write_pair(folder: Path, shape: str) -> Path:
+        for section, key in (("training", "save_every_tokens"), ("evaluate", "every_tokens")):
+            recipe[section][key] = None
+        (folder / "recipe.yaml").write_text(json.dumps(recipe))
+        return folder / "recipe.yaml"
+
+    monkeypatch.setattr(growth.startup, "write_pair", write_pair)
+    found = growth.steps_row(tmp_path, 6)
+    assert found["steps"] == 3  # of twice as many rows
+    assert found["last_memory_bytes"] > 1e6
+    assert "prepared tokens" in growth.spoken(rows[0])
+    assert "3 steps" in growth.spoken(found)
 
 
 def test_estimates_of_a_cache_are_held_against_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:

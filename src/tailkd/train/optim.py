@@ -12,13 +12,13 @@ from torch import nn
 def build_optimizer(
     model: nn.Module, *, learning_rate: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW that decays matrices only: no norm, no bias."""
+    """AdamW that decays matrices only: no norm, no bias. One pass over weights, gradients and moments."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=True)
 
 
 @dataclass(frozen=True)
