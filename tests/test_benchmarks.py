@@ -128,6 +128,7 @@ def test_a_wrong_loss_is_not_timed(benchmark: ModuleType) -> None:
         benchmark.gate(case, {"tailkd none": (1e-7, 3e-3)})
 
 
+@pytest.mark.slow
 def test_a_whole_step_beside_its_floor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     step = loaded(SCRIPT.with_name("step.py"), monkeypatch)
     monkeypatch.setattr(step, "RESULTS", tmp_path / "step.jsonl")
@@ -240,6 +241,7 @@ def test_the_start_of_a_real_run_ends_at_its_first_step(monkeypatch: pytest.Monk
     assert kinds == ["header", "evaluation", "evaluation"]
 
 
+@pytest.mark.slow
 def test_cost_of_larger_corpora_and_of_longer_runs(
     recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
