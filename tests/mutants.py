@@ -29,6 +29,20 @@ class Mutant(NamedTuple):
 
 MUTANTS = (
     Mutant(
+        "a last batch of an epoch is left out",
+        "bill.py",
+        "return batch * math.ceil(epochs * rows / batch) * recipe.data.context",
+        "return batch * math.floor(epochs * rows / batch) * recipe.data.context",
+        "tests/test_extends.py",
+    ),
+    Mutant(
+        "a run's page does not hear of its tasks",
+        "examination.py",
+        "    _tell(Run(one.folder))\n",
+        "",
+        "tests/test_examination.py",
+    ),
+    Mutant(
         "the trainer learns to predict padding",
         "adapters/transformers.py",
         '_without(inputs["labels"], padding)[:, 1:]',
