@@ -135,6 +135,7 @@ def _lock(path: Path) -> IO[str]:
         except BlockingIOError:
             with file:
                 if time.monotonic() < until:
+                    time.sleep(LOOKED_AT / 10)
                     continue
                 file.seek(0)
                 owner = json.loads(file.read() or "{}")
